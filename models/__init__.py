@@ -1,0 +1,43 @@
+"""What we remember: one file per table, behaviour on the row. Alembic and tests rely on all being imported here."""
+
+from models.api_key import ApiKey
+from models.app import App
+from models.base import Base, Tenanted
+from models.channel import Channel, ChannelKind, Route, RouteKind
+from models.clockwork import Lease, Tick
+from models.contact import Contact, ContactIdentity
+from models.conversation import Conversation
+from models.dead_letter import DeadLetter
+from models.delivery import Delivery, DeliveryState
+from models.event import Event, Seen
+from models.media import Media
+from models.message import Message, MessageStatus, StatusReport
+from models.template import Template
+from models.tenant import Tenant
+
+__all__ = [
+    "ApiKey",
+    "App",
+    "Base",
+    "Channel",
+    "ChannelKind",
+    "Contact",
+    "ContactIdentity",
+    "Conversation",
+    "DeadLetter",
+    "Delivery",
+    "DeliveryState",
+    "Event",
+    "Lease",
+    "Media",
+    "Message",
+    "MessageStatus",
+    "Route",
+    "RouteKind",
+    "Seen",
+    "StatusReport",
+    "Template",
+    "Tenant",
+    "Tenanted",
+    "Tick",
+]

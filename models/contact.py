@@ -1,0 +1,171 @@
+"""One person (or group), and each identity that a channel knows them by.
+
+A message is matched by the strongest identity it carries: BSUID first, then phone in both Brazilian spellings
+(whatsapp-cloud-api.md §5). The identity row is the one arbiter between two workers that meet somebody new at once;
+a contact row is written only by the one that won.
+"""
+
+from datetime import datetime
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from sqlalchemy import ForeignKeyConstraint, Index, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, Dated, Tenanted, belongs_to, columns, id_column, rows
+from pombal.ids import uuid7
+
+_Key: TypeAlias = tuple[UUID, UUID, str, str]  # tenant, channel, kind, value of an identity
+
+
+class Contact(Tenanted, Dated, Base):
+    __tablename__ = "contact"
+    __table_args__ = (ForeignKeyConstraint(["tenant_id"], ["tenant.id"], ondelete="CASCADE"),)
+
+    id: Mapped[UUID] = id_column()
+    name: Mapped[str | None]
+    named_at: Mapped[datetime | None]  # time of the message that carried the name: a newer one wins
+
+
+class ContactIdentity(Tenanted, Dated, Base):
+    __tablename__ = "contact_identity"
+    __table_args__ = (
+        belongs_to("channel", "channel_id", ondelete="CASCADE"),
+        # Checked at commit: the identity is taken first, its contact is inserted only by who took it.
+        belongs_to("contact", "contact_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        Index("ix_contact_identity_contact_id", "tenant_id", "contact_id"),
+    )
+
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str] = mapped_column(primary_key=True)
+    contact_id: Mapped[UUID]
+
+
+def spellings(kind: str, value: str) -> list[tuple[str, str]]:
+    """An identity in every spelling that names the same person, the given one first.
+
+    WhatsApp ids of Brazilian mobiles come with or without the ninth digit: 55, two digits of area, an optional 9,
+    then eight digits of which the first is 6 to 9 (dependencies.md, "Brazilian ninth digit").
+    """
+    if kind == "phone" and value.isdecimal() and value.startswith("55"):
+        if len(value) == 13 and value[4] == "9" and value[5] in "6789":
+            return [(kind, value), (kind, value[:4] + value[5:])]
+        if len(value) == 12 and value[4] in "6789":
+            return [(kind, value), (kind, f"{value[:4]}9{value[4:]}")]
+    return [(kind, value)]
+
+
+class Meeting:
+    """Finds or makes the contacts behind a batch of people, in few statements.
+
+    Give it everybody with `meet`, then `settle`; `whom` then tells each one's contact.
+    """
+
+    def __init__(self) -> None:
+        self._people: list[tuple[UUID, UUID, list[tuple[str, str]], list[tuple[str, str]], str | None, datetime]] = []
+        self._contact_of: dict[_Key, UUID] = {}
+
+    def meet(
+        self,
+        tenant_id: UUID,
+        channel_id: UUID,
+        identities: tuple[tuple[str, str], ...],
+        aliases: tuple[tuple[str, str], ...],
+        name: str | None,
+        at: datetime,
+    ) -> None:
+        """Somebody wrote or was written to at `at`. `identities` strongest first; `aliases` are theirs from now on."""
+        strong = [spelt for kind, value in identities for spelt in spellings(kind, value)]
+        weak = [spelt for kind, value in aliases for spelt in spellings(kind, value)]
+        self._people.append((tenant_id, channel_id, strong, weak, name, at))
+
+    def whom(self, tenant_id: UUID, channel_id: UUID, identities: tuple[tuple[str, str], ...]) -> UUID:
+        """The contact of somebody who was met, once settled."""
+        return self._contact_of[(tenant_id, channel_id, *identities[0])]
+
+    def settle(self, s: Session) -> None:
+        """Look up, take what is free, and write the contacts that are new or have a newer name."""
+        keys = {(t, c, *i) for t, c, strong, weak, _, _ in self._people for i in (*strong, *weak)}
+        if not keys:
+            return
+        names: dict[tuple[UUID, UUID], tuple[str | None, datetime | None]] = {}
+        for row in s.execute(_FIND, _key_columns(sorted(keys))):
+            self._contact_of[(row.tenant_id, row.channel_id, row.kind, row.value)] = row.contact_id
+            names[(row.tenant_id, row.contact_id)] = (row.name, row.named_at)
+        wanted: dict[_Key, UUID] = {}
+        for tenant_id, channel_id, strong, weak, _, _ in self._people:
+            mine = [(tenant_id, channel_id, *i) for i in strong]
+            contact_id = next((self._contact_of[k] for k in mine if k in self._contact_of), None) or uuid7()
+            for key in (*mine, *((tenant_id, channel_id, *i) for i in weak)):
+                if key not in self._contact_of:
+                    self._contact_of[key] = wanted[key] = contact_id
+        self._take(s, wanted)
+        self._name(s, names)
+
+    def _take(self, s: Session, wanted: dict[_Key, UUID]) -> None:
+        if not wanted:
+            return
+        given = _key_columns(sorted(wanted)) | {"contact_id": [wanted[key] for key in sorted(wanted)]}
+        moved: dict[UUID, UUID] = {}
+        for row in s.execute(_TAKE, given):
+            key = (row.tenant_id, row.channel_id, row.kind, row.value)
+            if row.contact_id != wanted[key]:  # another batch met this person a moment earlier
+                moved[wanted[key]] = row.contact_id
+                self._contact_of[key] = row.contact_id
+        for ours, theirs in moved.items():
+            lost = [key for key, contact_id in self._contact_of.items() if contact_id == ours]
+            self._contact_of.update(dict.fromkeys(lost, theirs))
+            s.execute(_MOVE, {"tenant_id": lost[0][0] if lost else None, "ours": ours, "theirs": theirs})
+
+    def _name(self, s: Session, known: dict[tuple[UUID, UUID], tuple[str | None, datetime | None]]) -> None:
+        latest: dict[tuple[UUID, UUID], tuple[datetime, str | None]] = {}
+        for tenant_id, channel_id, strong, _, name, at in self._people:
+            key = (tenant_id, self._contact_of[(tenant_id, channel_id, *strong[0])])
+            if key not in latest or (
+                name and (latest[key][1] is None or (at, name) > (latest[key][0], latest[key][1]))
+            ):
+                latest[key] = (at, name)
+        given = []
+        for (tenant_id, contact_id), (at, name) in sorted(latest.items()):
+            old_name, old_at = known.get((tenant_id, contact_id), (None, None))
+            is_news = name is not None and name != old_name and (old_at is None or old_at < at)
+            if is_news or (tenant_id, contact_id) not in known:
+                named_at = at if name is not None else None
+                given.append({"tenant_id": tenant_id, "id": contact_id, "name": name, "named_at": named_at})
+        if given:
+            s.execute(_WRITE, columns(given))
+
+
+def _key_columns(keys: list[_Key]) -> dict[str, list[Any]]:
+    tenants, channels, kinds, values = zip(*keys, strict=True)
+    return {"tenant_id": list(tenants), "channel_id": list(channels), "kind": list(kinds), "value": list(values)}
+
+
+_GIVEN_KEYS = rows(tenant_id="uuid", channel_id="uuid", kind="text", value="text")
+
+_FIND = text(f"""
+    SELECT i.tenant_id, i.channel_id, i.kind, i.value, i.contact_id, c.name, c.named_at
+    FROM {_GIVEN_KEYS}
+    JOIN contact_identity AS i USING (tenant_id, channel_id, kind, value)
+    JOIN contact AS c ON (c.tenant_id, c.id) = (i.tenant_id, i.contact_id)
+""")
+
+# Always returns the contact that has the identity: ours if it was free, else the one that was faster.
+_TAKE = text(f"""
+    INSERT INTO contact_identity AS i (tenant_id, channel_id, kind, value, contact_id)
+    SELECT * FROM {rows(tenant_id="uuid", channel_id="uuid", kind="text", value="text", contact_id="uuid")}
+    ORDER BY tenant_id, channel_id, kind, value
+    ON CONFLICT (tenant_id, channel_id, kind, value) DO UPDATE SET contact_id = i.contact_id
+    RETURNING i.tenant_id, i.channel_id, i.kind, i.value, i.contact_id
+""")
+
+_MOVE = text("UPDATE contact_identity SET contact_id = :theirs WHERE tenant_id = :tenant_id AND contact_id = :ours")
+
+_WRITE = text(f"""
+    INSERT INTO contact AS c (tenant_id, id, name, named_at)
+    SELECT * FROM {rows(tenant_id="uuid", id="uuid", name="text", named_at="timestamptz")}
+    ORDER BY tenant_id, id
+    ON CONFLICT (tenant_id, id) DO UPDATE SET name = excluded.name, named_at = excluded.named_at
+    WHERE c.named_at IS NULL OR (c.named_at, c.name) < (excluded.named_at, excluded.name)
+""")

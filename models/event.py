@@ -1,0 +1,59 @@
+"""Append-only, versioned: what happened, for whoever listens. Partitioned by day on its id."""
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ForeignKeyConstraint, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, Dated, Tenanted, columns, id_column, rows
+
+
+class Event(Tenanted, Dated, Base):
+    __tablename__ = "event"
+    __table_args__ = {"postgresql_partition_by": "RANGE (id)"}  # noqa: RUF012 - SQLAlchemy's declarative form
+
+    id: Mapped[UUID] = id_column()
+    type: Mapped[str]  # `message_received`, `message_status`, or the provider's own name of a notice
+    version: Mapped[str] = mapped_column(server_default=text("'v1'"))
+    channel_id: Mapped[UUID | None]
+    message_id: Mapped[UUID | None]
+    payload: Mapped[dict[str, Any]]
+
+    @staticmethod
+    def append(s: Session, given: list[dict[str, Any]]) -> None:
+        """Append events; `payload` is JSON text."""
+        if given:
+            s.execute(_APPEND, columns(given))
+
+
+class Seen(Tenanted, Dated, Base):
+    """The digests of notices already recorded: they carry no id of their own, and providers repeat them."""
+
+    __tablename__ = "seen"
+    __table_args__ = (ForeignKeyConstraint(["tenant_id"], ["tenant.id"], ondelete="CASCADE"),)
+
+    digest: Mapped[bytes] = mapped_column(primary_key=True)
+
+    @staticmethod
+    def first_time(s: Session, given: set[tuple[UUID, bytes]]) -> set[tuple[UUID, bytes]]:
+        """Note `(tenant, digest)` pairs; returns those that nobody had noted before."""
+        if not given:
+            return set()
+        tenants, digests = zip(*sorted(given), strict=True)
+        new = s.execute(_FIRST_TIME, {"tenant_id": list(tenants), "digest": list(digests)})
+        return {(row.tenant_id, bytes(row.digest)) for row in new}
+
+
+_APPEND = text(f"""
+    INSERT INTO event (tenant_id, id, type, channel_id, message_id, payload)
+    SELECT tenant_id, id, type, channel_id, message_id, payload::jsonb FROM {
+    rows(tenant_id="uuid", id="uuid", type="text", channel_id="uuid", message_id="uuid", payload="text")
+}
+""")
+
+_FIRST_TIME = text(f"""
+    INSERT INTO seen (tenant_id, digest) SELECT * FROM {rows(tenant_id="uuid", digest="bytea")}
+    ORDER BY tenant_id, digest
+    ON CONFLICT DO NOTHING RETURNING tenant_id, digest
+""")

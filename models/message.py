@@ -1,0 +1,218 @@
+"""One message, in or out, and what the provider has said became of it."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Index, RowMapping, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, Dated, Tenanted, belongs_to, columns, id_column, rows
+
+
+class MessageStatus(StrEnum):
+    QUEUED = "queued"
+    SENDING = "sending"
+    UNKNOWN = "unknown"
+    SENT = "sent"
+    DELIVERED = "delivered"
+    READ = "read"
+    PLAYED = "played"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    RECEIVED = "received"
+
+
+# What a provider reports only rises (whatsapp-cloud-api.md §7). `failed` is final for its attempt, whatever comes
+# before or after it, so that every order of arrival ends in the same state.
+RISING = (
+    MessageStatus.SENT,
+    MessageStatus.DELIVERED,
+    MessageStatus.READ,
+    MessageStatus.PLAYED,
+    MessageStatus.FAILED,
+)
+
+
+class Message(Tenanted, Dated, Base):
+    __tablename__ = "message"
+    __table_args__ = (
+        belongs_to("channel", "channel_id", ondelete="CASCADE"),
+        # Both are checked at commit: within a batch messages come first, so that only new ones count as unread.
+        belongs_to("conversation", "conversation_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        belongs_to("contact", "contact_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        UniqueConstraint("tenant_id", "channel_id", "provider_id"),
+        Index("ix_message_conversation", "tenant_id", "conversation_id", "id"),
+    )
+
+    id: Mapped[UUID] = id_column()
+    channel_id: Mapped[UUID]
+    conversation_id: Mapped[UUID]
+    contact_id: Mapped[UUID]
+    direction: Mapped[str]
+    type: Mapped[str]
+    body: Mapped[dict[str, Any]]
+    provider_id: Mapped[str | None]
+    status: Mapped[str]
+    error_code: Mapped[str | None]
+    error: Mapped[str | None]
+    sent_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    read_at: Mapped[datetime | None]
+    failed_at: Mapped[datetime | None]
+    provider_at: Mapped[datetime | None]
+    delivery_id: Mapped[UUID | None]  # the webhook it came in; no foreign key, deliveries are dropped by the day
+
+    @staticmethod
+    def store(s: Session, given: list[dict[str, Any]]) -> set[UUID]:
+        """Insert messages that are not there yet; returns the ids of those that were new. `body` is JSON text."""
+        if not given:
+            return set()
+        return set(s.execute(_STORE, columns(given)).scalars())
+
+    @staticmethod
+    def catch_up(s: Session, keys: list[tuple[UUID, UUID, str]]) -> list[RowMapping]:
+        """Bring sent messages up to what is reported of `(tenant, channel, provider id)`; returns what changed."""
+        if not keys:
+            return []
+        tenants, channels, ids = zip(*sorted(set(keys)), strict=True)
+        given = {"tenant_id": list(tenants), "channel_id": list(channels), "provider_id": list(ids)}
+        return list(s.execute(_CATCH_UP, given).mappings())
+
+
+class StatusReport(Tenanted, Dated, Base):
+    """All that a provider said of one of its message ids, folded into one row: highest status, earliest times.
+
+    A report may come before the message is known (an echo in another batch, the answer of a send still on its way).
+    Whoever writes the message's row also touches this one, so one of the two always sees the other.
+    """
+
+    __tablename__ = "message_status"
+    __table_args__ = (belongs_to("channel", "channel_id", ondelete="CASCADE"),)
+
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    provider_id: Mapped[str] = mapped_column(primary_key=True)
+    participant: Mapped[str] = mapped_column(primary_key=True, server_default="")
+    rank: Mapped[int] = mapped_column(server_default=text("0"))  # 0: nothing reported yet; n: RISING[n - 1]
+    status: Mapped[str | None]  # the provider's own word, also one that has no rank
+    sent_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    read_at: Mapped[datetime | None]
+    failed_at: Mapped[datetime | None]
+    error_code: Mapped[str | None]
+    error: Mapped[str | None]
+    pricing: Mapped[dict[str, Any] | None]
+    conversation: Mapped[dict[str, Any] | None]
+    callback_data: Mapped[str | None]
+
+    @staticmethod
+    def fold(s: Session, given: list[dict[str, Any]]) -> None:
+        """Add reports, one row per key, JSON as text. Any order and any repetition end in the same row."""
+        if given:
+            s.execute(_FOLD, columns(given))
+
+    @staticmethod
+    def rank_of(status: str) -> int:
+        """0 for a word without a rank: kept, but it moves nothing."""
+        return RISING.index(MessageStatus(status)) + 1 if status in RISING else 0
+
+
+_RANK = "coalesce(array_position(ARRAY['" + "', '".join(RISING) + "'], m.status), 0)"
+
+_STORE = text(f"""
+    INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body, provider_id,
+        status, sent_at, provider_at, delivery_id)
+    SELECT tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body::jsonb, provider_id,
+        status, sent_at, provider_at, delivery_id
+    FROM {
+    rows(
+        tenant_id="uuid",
+        id="uuid",
+        channel_id="uuid",
+        conversation_id="uuid",
+        contact_id="uuid",
+        direction="text",
+        type="text",
+        body="text",
+        provider_id="text",
+        status="text",
+        sent_at="timestamptz",
+        provider_at="timestamptz",
+        delivery_id="uuid",
+    )
+}
+    ORDER BY tenant_id, channel_id, provider_id
+    ON CONFLICT (tenant_id, channel_id, provider_id) DO NOTHING
+    RETURNING id
+""")
+
+_FOLD = text(f"""
+    INSERT INTO message_status AS m (tenant_id, channel_id, provider_id, participant, rank, status, sent_at,
+        delivered_at, read_at, failed_at, error_code, error, pricing, conversation, callback_data)
+    SELECT tenant_id, channel_id, provider_id, participant, rank, status, sent_at,
+        delivered_at, read_at, failed_at, error_code, error, pricing::jsonb, conversation::jsonb, callback_data
+    FROM {
+    rows(
+        tenant_id="uuid",
+        channel_id="uuid",
+        provider_id="text",
+        participant="text",
+        rank="int",
+        status="text",
+        sent_at="timestamptz",
+        delivered_at="timestamptz",
+        read_at="timestamptz",
+        failed_at="timestamptz",
+        error_code="text",
+        error="text",
+        pricing="text",
+        conversation="text",
+        callback_data="text",
+    )
+}
+    ORDER BY tenant_id, channel_id, provider_id, participant
+    ON CONFLICT (tenant_id, channel_id, provider_id, participant) DO UPDATE SET
+        status = CASE WHEN excluded.rank > m.rank OR m.status IS NULL THEN excluded.status ELSE m.status END,
+        rank = greatest(m.rank, excluded.rank),
+        sent_at = least(m.sent_at, excluded.sent_at),
+        delivered_at = least(m.delivered_at, excluded.delivered_at),
+        read_at = least(m.read_at, excluded.read_at),
+        failed_at = least(m.failed_at, excluded.failed_at),
+        error_code = coalesce(m.error_code, excluded.error_code),
+        error = coalesce(m.error, excluded.error),
+        pricing = coalesce(m.pricing, excluded.pricing),
+        conversation = coalesce(m.conversation, excluded.conversation),
+        callback_data = coalesce(m.callback_data, excluded.callback_data)
+""")
+
+# In a group each member is reported on; one member's failure does not make the message a failed one.
+_CATCH_UP = text(f"""
+    UPDATE message AS m SET
+        status = CASE WHEN said.rank > {_RANK} THEN said.status ELSE m.status END,
+        sent_at = least(m.sent_at, said.sent_at),
+        delivered_at = least(m.delivered_at, said.delivered_at),
+        read_at = least(m.read_at, said.read_at),
+        failed_at = least(m.failed_at, said.failed_at),
+        error_code = coalesce(said.error_code, m.error_code),
+        error = coalesce(said.error, m.error)
+    FROM (
+        SELECT r.tenant_id, r.channel_id, r.provider_id,
+            coalesce(max(rank) FILTER (WHERE participant = '' OR failed_at IS NULL), max(rank)) AS rank,
+            (array_agg(status ORDER BY (participant = '' OR failed_at IS NULL) DESC, rank DESC))[1] AS status,
+            min(sent_at) AS sent_at, min(delivered_at) AS delivered_at, min(read_at) AS read_at,
+            min(failed_at) FILTER (WHERE participant = '') AS failed_at,
+            min(error_code) FILTER (WHERE participant = '') AS error_code,
+            min(error) FILTER (WHERE participant = '') AS error
+        FROM message_status AS r
+        JOIN {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")} USING (tenant_id, channel_id, provider_id)
+        GROUP BY r.tenant_id, r.channel_id, r.provider_id
+    ) AS said
+    WHERE (m.tenant_id, m.channel_id, m.provider_id) = (said.tenant_id, said.channel_id, said.provider_id)
+        AND m.direction = 'out'
+        AND (said.rank > {_RANK}
+            OR least(m.sent_at, said.sent_at) IS DISTINCT FROM m.sent_at
+            OR least(m.delivered_at, said.delivered_at) IS DISTINCT FROM m.delivered_at
+            OR least(m.read_at, said.read_at) IS DISTINCT FROM m.read_at)
+    RETURNING m.tenant_id, m.id, m.channel_id, m.status
+""")

@@ -1,0 +1,198 @@
+"""Tenants, API keys and channels."""
+
+import re
+from argparse import Namespace
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from models import ApiKey, App, Channel, ChannelKind, Route, RouteKind, Tenant
+from models.api_key import SCOPES
+from models.app import DEFAULT_SLUG
+from pombal import db
+from pombal.cli import as_json, say, table
+from pombal.errors import PombalError
+from pombal.ids import uuid7
+from pombal.settings import require_secrets
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHORTEST_SECRET = 8  # characters; Meta's app secrets have 32
+
+
+class Refused(PombalError):
+    """What was asked for cannot be done; the message says why."""
+
+
+class MetaConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """`--config` of a Meta channel. Without `app_secret` it shares the default app, at `/webhooks/whatsapp`."""
+
+    phone_number_id: str
+    waba_id: str
+    display_phone_number: str | None = None
+    app: str | None = None
+    app_secret: str | None = None
+    old_app_secret: str | None = None
+    verify_token: str | None = None
+    access_token: str | None = None
+
+
+def create_tenant(given: Namespace) -> int:
+    tenant = add_tenant(given.slug, given.name)
+    _show(given, {"id": tenant.id, "slug": tenant.slug, "name": tenant.name})
+    return 0
+
+
+def add_tenant(slug: str, name: str) -> Tenant:
+    """A new tenant. Raises `Refused` for a slug that is taken or cannot be one."""
+    if not _SLUG.fullmatch(slug):
+        raise Refused("a slug has lower-case letters, digits and hyphens, at most 63, and starts with no hyphen")
+    tenant = Tenant(id=uuid7(), slug=slug, name=name)
+    try:
+        with db.session() as s:
+            s.add(tenant)
+    except IntegrityError:
+        raise Refused(f"there is a tenant {slug} already") from None
+    return tenant
+
+
+def list_tenants(given: Namespace) -> int:
+    with db.session() as s:
+        found = [{"id": t.id, "slug": t.slug, "name": t.name} for t in s.scalars(select(Tenant).order_by(Tenant.slug))]
+    as_json(found) if given.json else table(found, empty="no tenants")
+    return 0
+
+
+def create_key(given: Namespace) -> int:
+    unknown = sorted(set(given.scope or ()) - set(SCOPES))
+    if unknown:
+        raise Refused(f"unknown scope {unknown[0]}; there are {', '.join(SCOPES)}")
+    key, text = add_key(tenant_named(given.tenant).id, given.name, tuple(given.scope or SCOPES))
+    _show(given, {"id": key.id, "api_key": text, "scopes": key.scopes})
+    if not given.json:
+        say("This key is shown once; only its hash is kept.")
+    return 0
+
+
+def add_key(tenant_id: UUID, name: str, scopes: tuple[str, ...] = SCOPES) -> tuple[ApiKey, str]:
+    """A new API key: its row, and its text, which is nowhere else."""
+    key, text = ApiKey.make(tenant_id, name, scopes)
+    with db.session([tenant_id]) as s:
+        s.add(key)
+    return key, text
+
+
+def revoke_key(given: Namespace) -> int:
+    tenant = tenant_named(given.tenant)
+    with db.session([tenant.id]) as s:
+        key = s.get(ApiKey, (tenant.id, _uuid(given.id)))
+        if key is None:
+            raise Refused("this tenant has no such key")
+        key.revoked_at = key.revoked_at or s.scalar(select(func.now()))
+    _show(given, {"id": key.id, "revoked_at": key.revoked_at})
+    return 0
+
+
+def create_channel(given: Namespace) -> int:
+    require_secrets()
+    try:
+        config = msgspec.json.decode(given.config, type=MetaConfig)
+    except msgspec.DecodeError as error:
+        raise Refused(f"--config: {error}") from None
+    channel, app = add_meta_channel(tenant_named(given.tenant), given.name, config)
+    path = "/webhooks/whatsapp" + ("" if app.slug == DEFAULT_SLUG else f"/{app.slug}")
+    _show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "app": app.slug, "webhook": path})
+    return 0
+
+
+def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Channel, App]:
+    """A new Meta channel, its app if that is new too, and its routes. Raises `Refused` with the field's name."""
+    for field in ("phone_number_id", "waba_id"):
+        if not _ID.fullmatch(getattr(config, field)):
+            raise Refused(f"{field} must be 1 to 64 letters, digits, dots, underscores or hyphens")
+    for field in ("app_secret", "old_app_secret", "verify_token"):
+        if getattr(config, field) is not None and len(getattr(config, field)) < _SHORTEST_SECRET:
+            raise Refused(f"{field} is shorter than {_SHORTEST_SECRET} characters")
+    channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.META, name=name)
+    channel.config = {
+        field: value
+        for field in ("phone_number_id", "waba_id", "display_phone_number")
+        if (value := getattr(config, field)) is not None
+    }
+    if config.access_token:
+        channel.seal({"access_token": config.access_token})
+    try:
+        with db.session([tenant.id]) as s:
+            app = _app_for(s, tenant, config)
+            channel.app_id = app.id
+            s.add(channel)
+            s.flush()
+            for kind, value in ((RouteKind.NUMBER, config.phone_number_id), (RouteKind.WABA, config.waba_id)):
+                s.add(Route(app_id=app.id, kind=kind, value=value, channel_id=channel.id, tenant_id=tenant.id))
+    except IntegrityError as error:
+        taken = getattr(getattr(error.orig, "diag", None), "constraint_name", "") or ""
+        what = "this app has a channel with that phone_number_id" if "route" in taken else "the name is taken"
+        raise Refused(f"{what} already") from None
+    return channel, app
+
+
+def _app_for(s: Session, tenant: Tenant, config: MetaConfig) -> App:
+    slug = config.app or (tenant.slug if config.app_secret else DEFAULT_SLUG)
+    if not _SLUG.fullmatch(slug):
+        raise Refused("app must be lower-case letters, digits and hyphens, at most 63")
+    app = s.scalars(App.by_slug(slug)).first()
+    if app is not None and app.tenant_id not in (None, tenant.id):
+        raise Refused(f"the app {slug} is another tenant's")
+    if app is None:
+        app = App(id=uuid7(), slug=slug, tenant_id=None if slug == DEFAULT_SLUG else tenant.id)
+        app.seal(app_secrets=[], verify_token="")
+        s.add(app)
+    elif config.app_secret and app.tenant_id is None:
+        raise Refused(f"the app {slug} is shared; its secrets are set where it was created")
+    if config.app_secret or config.verify_token:
+        kept = app.secrets()
+        secrets = [one for one in (config.app_secret, config.old_app_secret) if one] or kept["app_secrets"]
+        app.seal(app_secrets=secrets, verify_token=config.verify_token or kept["verify_token"])
+    s.flush()
+    return app
+
+
+def list_channels(given: Namespace) -> int:
+    tenant = tenant_named(given.tenant)
+    with db.session([tenant.id]) as s:
+        rows = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id).order_by(Channel.name))
+        found: list[dict[str, object]] = [
+            {"id": c.id, "kind": c.kind, "name": c.name, "config": c.config} for c in rows
+        ]
+    as_json(found) if given.json else table(found, empty="no channels")
+    return 0
+
+
+def tenant_named(name: str) -> Tenant:
+    """A tenant by slug or id. Raises `Refused`."""
+    with db.session() as s:
+        tenant = s.scalars(Tenant.by_slug(name)).first()
+        if tenant is None and len(name) >= 32:
+            tenant = s.get(Tenant, _uuid(name))
+    if tenant is None:
+        raise Refused(f"there is no tenant {name}")
+    return tenant
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise Refused(f"{text} is not an id") from None
+
+
+def _show(given: Namespace, values: dict[str, Any]) -> None:
+    if given.json:
+        as_json(values)
+    else:
+        for name, value in values.items():
+            say(f"{name}: {value}")

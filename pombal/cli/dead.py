@@ -1,0 +1,146 @@
+"""Dead letters: read them, group them by cause, try again, or let go."""
+
+import sys
+from argparse import Namespace
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from models import DeadLetter, Delivery
+from models.dead_letter import LetterState
+from pombal import db
+from pombal.cli import as_json, say, table
+from pombal.errors import PombalError
+
+
+class NoLetter(PombalError):
+    """Nothing to act on."""
+
+
+def listing(given: Namespace) -> int:
+    with db.session() as s:
+        db.see_all(s)
+        rows = _grouped(s) if given.grouped else _listed(s, given.fingerprint, given.limit)
+        total = s.scalar(select(func.count()).select_from(DeadLetter).where(DeadLetter.state == LetterState.OPEN)) or 0
+    if given.json:
+        as_json(rows)
+        return 0
+    table(rows, empty="no dead letters")
+    if not given.grouped and total > len(rows):
+        say(f"{len(rows)} of {total}; --limit shows more, --grouped counts them by cause")
+    return 0
+
+
+def _listed(s: Session, fingerprint: str | None, limit: int) -> list[dict[str, object]]:
+    return [
+        {
+            "id": row.id,
+            "fingerprint": row.fingerprint,
+            "actor": row.actor,
+            "failures": row.failures,
+            "count": row.count,
+            "last": row.last_at.isoformat(timespec="seconds"),
+            "tenant": row.tenant_id,
+            "delivery": row.delivery_id,
+            "path": row.path,
+            "error": row.error,
+        }
+        for row in s.scalars(DeadLetter.open_letters(fingerprint).limit(limit))
+    ]
+
+
+def _grouped(s: Session) -> list[dict[str, object]]:
+    query = (
+        select(
+            DeadLetter.fingerprint,
+            func.min(DeadLetter.actor).label("actor"),
+            func.count().label("letters"),
+            func.max(DeadLetter.last_at).label("last"),
+            func.min(DeadLetter.error).label("error"),
+        )
+        .where(DeadLetter.state == LetterState.OPEN)
+        .group_by(DeadLetter.fingerprint)
+        .order_by(func.count().desc())
+    )
+    return [dict(row) for row in s.execute(query).mappings()]
+
+
+def show(given: Namespace) -> int:
+    with db.session() as s:
+        db.see_all(s)
+        row = s.get(DeadLetter, _id(given.id))
+    if row is None:
+        raise NoLetter("there is no such dead letter")
+    values = {c.key: getattr(row, c.key) for c in DeadLetter.__table__.columns}
+    if given.json:
+        as_json(values)
+        return 0
+    for name, value in values.items():
+        if value is not None and name != "traceback":
+            say(f"{name:<12} {value}")
+    if row.traceback:
+        say(row.traceback)
+    return 0
+
+
+def retry(given: Namespace) -> int:
+    """Make their rows pending again, or enqueue their jobs anew; a letter that fails again reopens."""
+    from workers import broker  # imports the fleet
+
+    letters = _chosen(given, "retry")
+    unknown = [row for row in letters if row.delivery_id is None and row.actor not in broker.actors]
+    letters = [row for row in letters if row not in unknown]
+    deliveries = sorted({row.delivery_id for row in letters if row.delivery_id})
+    with db.session() as s:
+        db.see_all(s)
+        _close(s, letters, LetterState.RETRIED)
+        Delivery.retry(s, deliveries)
+    # The sweep rings for the rows within seconds; jobs without a row have only this bell.
+    for row in letters:
+        if row.delivery_id is None:
+            broker.actors[row.actor].send(*row.args["args"], **row.args["kwargs"])
+    say(f"{len(letters)} retried" + (f", {len(unknown)} left: no actor of that name here" if unknown else ""))
+    return 0
+
+
+def drop(given: Namespace) -> int:
+    letters = _chosen(given, "drop")
+    with db.session() as s:
+        db.see_all(s)
+        _close(s, letters, LetterState.DROPPED)
+    say(f"{len(letters)} dropped")
+    return 0
+
+
+def _close(s: Session, letters: list[DeadLetter], state: LetterState) -> None:
+    ids = [row.id for row in letters]
+    s.execute(update(DeadLetter).where(DeadLetter.id.in_(ids)).values(state=state))
+
+
+def _chosen(given: Namespace, act: str) -> list[DeadLetter]:
+    """The letters meant; says how many before acting on several, and asks where somebody can answer."""
+    query: Any = DeadLetter.open_letters(given.fingerprint)
+    if given.id:
+        query = query.where(DeadLetter.id == _id(given.id))
+    with db.session() as s:
+        db.see_all(s)
+        letters = list(s.scalars(query))
+    if not letters:
+        raise NoLetter("no open dead letter matches")
+    if not given.id:
+        say(f"{len(letters)} dead letters to {act}")
+        if not given.yes:
+            if not sys.stdin.isatty():
+                raise NoLetter("say --yes to act on all of them")
+            if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+                raise NoLetter("nothing was done")
+    return letters
+
+
+def _id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise NoLetter(f"{text} is not an id") from None

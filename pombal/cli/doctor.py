@@ -1,0 +1,144 @@
+"""What an operator should know before trusting this installation, and what to do about it."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import redis
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from pombal import db
+from pombal.cli import as_json, say
+from pombal.cli.fleet import ROOT, queues
+from pombal.errors import Misconfigured
+from pombal.settings import check_secrets, settings
+
+
+class Finding(NamedTuple):
+    level: Literal["ok", "warning", "error"]
+    what: str
+
+
+def doctor(given: Namespace) -> int:
+    """Exit code 1 when there is an error; warnings alone are 0."""
+    findings = [*_python(), *_secrets(), *_postgres(), *_redis(), *_procfile()]
+    if given.json:
+        as_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            say(f"{finding.level:<8} {finding.what}")
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("ok" if sys.version_info >= (3, 11) else "error", f"Python {version} (3.11 or newer is needed)")
+
+
+def _secrets() -> Iterator[Finding]:
+    wrong = check_secrets(settings())
+    yield from (Finding("error", line) for line in wrong)
+    if not wrong:
+        yield Finding("ok", "secrets are set and strong enough")
+
+
+def _postgres() -> Iterator[Finding]:
+    try:
+        with db.engine().connect() as connection:
+            number = int(connection.scalar(text("SHOW server_version_num")) or 0)
+            level: Literal["ok", "error"] = "ok" if number >= 140000 else "error"
+            yield Finding(level, f"PostgreSQL {number // 10000}.{number % 10000} (14 or newer is needed)")
+            powerful = connection.scalar(
+                text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
+            )
+            if powerful:
+                yield Finding("error", "the role of DATABASE_URL bypasses row-level security: use another")
+            else:
+                yield Finding("ok", "the app's role is bound by row-level security")
+            yield _migrations(connection.scalar(text("SELECT to_regclass('alembic_version')")) is not None)
+            tomorrow = "'delivery_' || to_char(now() AT TIME ZONE 'UTC' + interval '1 day', 'YYYYMMDD')"
+            if connection.scalar(text(f"SELECT to_regclass({tomorrow})")) is None:
+                yield Finding("warning", "tomorrow's partition of delivery is not made yet: is a clock running?")
+            yield from _unreadable_secrets()
+    except Misconfigured as error:
+        yield Finding("error", str(error))
+    except DBAPIError as error:
+        if not db.is_store_trouble(error):
+            raise
+        yield Finding("error", "PostgreSQL does not answer: see DATABASE_URL")
+
+
+def _migrations(has_any: bool) -> Finding:
+    from web.health import newest_migration
+
+    if has_any:
+        with db.session() as s:
+            version = s.scalar(text("SELECT version_num FROM alembic_version"))
+        if version == newest_migration():
+            return Finding("ok", f"migrations are current ({version})")
+    return Finding("error", "migrations are not current: run `pombal migrate`")
+
+
+def _unreadable_secrets() -> Iterator[Finding]:
+    from models import App
+
+    with db.session() as s:
+        for app in s.query(App).order_by(App.slug):
+            try:
+                kept = app.secrets()
+            except Misconfigured as error:
+                yield Finding("error", str(error))
+                continue
+            if not kept["app_secrets"] and not settings().whatsapp_app_secret:
+                yield Finding("error", f"app {app.slug} has no secret: its webhooks are all refused")
+
+
+def _redis() -> Iterator[Finding]:
+    from pombal.broker import redis_client
+
+    try:
+        if settings().require_redis() == "memory://":
+            yield Finding("warning", "REDIS_URL is memory://: jobs stay in this process")
+            return
+        client = redis_client()
+        version = str(client.info("server").get("redis_version", "?"))
+        number = version.split(".")[0]
+        yield Finding("ok" if number.isdecimal() and int(number) >= 6 else "error", f"Redis or Valkey {version} (≥ 6)")
+        try:
+            policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
+            aof = client.config_get("appendonly").get("appendonly", "unknown")
+        except redis.ResponseError:  # hosted ones forbid CONFIG
+            yield Finding("warning", "cannot read Redis' configuration: it must be noeviction, with AOF on")
+            return
+        if policy == "noeviction":
+            yield Finding("ok", "maxmemory-policy is noeviction")
+        else:
+            yield Finding("error", f"maxmemory-policy is {policy}: whole queues may vanish; set noeviction")
+        if aof == "yes":
+            yield Finding("ok", "appendonly is on")
+        else:
+            yield Finding("warning", "appendonly is off: after a crash of Redis the sweep rings again, seconds later")
+    except Misconfigured as error:
+        yield Finding("error", str(error))
+    except redis.RedisError:
+        yield Finding("error", "Redis does not answer: see REDIS_URL (webhooks are accepted all the same)")
+
+
+def _procfile() -> Iterator[Finding]:
+    named = procfile_queues()
+    unknown, missing = sorted(set(named) - set(queues())), sorted(set(queues()) - set(named))
+    if unknown:
+        yield Finding("error", f"Procfile names queues that do not exist: {', '.join(unknown)}")
+    if missing:
+        yield Finding("error", f"no Procfile line works on: {', '.join(missing)}")
+    if not unknown and not missing:
+        yield Finding("ok", "the Procfile's queues are the fleet's")
+
+
+def procfile_queues() -> list[str]:
+    """The queues that the Procfile's worker lines name."""
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    commands = [line.partition(": ")[2].split() for line in lines]
+    return [queue for words in commands if "worker" in words for queue in words[words.index("worker") + 1 :]]

@@ -1,0 +1,73 @@
+"""Actors by hand: what there is, run one here, enqueue one."""
+
+import os
+from argparse import Namespace
+from typing import Any
+
+import msgspec
+
+from pombal import log
+from pombal.cli import as_json, say, table
+from pombal.errors import PombalError
+
+
+class WrongJob(PombalError):
+    """No such actor, or arguments it does not take."""
+
+
+def actors(given: Namespace) -> int:
+    import redis
+
+    from workers import broker
+
+    rows: list[dict[str, object]] = []
+    for name, actor in sorted(broker.actors.items()):
+        queue, options = actor.queue_name, actor.options
+        row: dict[str, object] = {
+            "actor": name,
+            "queue": queue,
+            "schedule": str(options["periodic"]) if "periodic" in options else None,
+            "max_retries": options["max_retries"],
+            "backoff": f"{options['min_backoff']}-{options['max_backoff']} ms",
+        }
+        try:
+            client: Any = getattr(broker, "client", None)
+            for state, suffix in (("waiting", ""), ("delayed", ".DQ"), ("dead", ".XQ")):
+                row[state] = client.hlen(f"dramatiq:{queue}{suffix}.msgs") if client else None
+        except redis.RedisError:
+            row |= {"waiting": "?", "delayed": "?", "dead": "?"}
+        rows.append(row)
+    as_json(rows) if given.json else table(rows, empty="no actors")
+    return 0
+
+
+def run(given: Namespace) -> int:
+    os.environ["REDIS_URL"] = "memory://"  # without a broker: what the job enqueues is found again by the sweep
+    log.setup()
+    actor, args, kwargs = _job(given)
+    actor.fn(*args, **kwargs)
+    return 0
+
+
+def send(given: Namespace) -> int:
+    actor, args, kwargs = _job(given)
+    message = actor.send(*args, **kwargs)
+    say(message.message_id)
+    return 0
+
+
+def _job(given: Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
+    from workers import broker
+
+    actor = broker.actors.get(given.actor)
+    if actor is None:
+        raise WrongJob(f"there is no actor {given.actor}; there are {', '.join(sorted(broker.actors))}")
+    try:
+        arguments = msgspec.json.decode(given.arguments)
+    except msgspec.DecodeError as error:
+        raise WrongJob(f"the arguments are not JSON: {error}") from None
+    if isinstance(arguments, dict):
+        return actor, [], arguments
+    if isinstance(arguments, list):
+        return actor, arguments, {}
+    raise WrongJob("give the arguments as a JSON object or array")

@@ -1,0 +1,75 @@
+"""The story of one message: how it came, where it lies, what was said of it, what went wrong."""
+
+from argparse import Namespace
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from models import Conversation, DeadLetter, Delivery, Event, Media, Message, StatusReport
+from pombal import db
+from pombal.cli import as_json, say
+from pombal.errors import PombalError
+
+_HIDDEN = {"raw", "claim_token", "traceback"}
+
+
+class NotFound(PombalError):
+    """Nothing has this id."""
+
+
+def trace(given: Namespace) -> int:
+    with db.session() as s:
+        db.see_all(s)
+        story = _story(s, given.id)
+    if not any(story.values()):
+        raise NotFound("nothing here has this id")
+    if given.json:
+        as_json(story)
+        return 0
+    for part, rows in story.items():
+        for row in rows:
+            say(f"{part}")
+            for name, value in row.items():
+                if value is not None:
+                    say(f"    {name:<16} {value}")
+    return 0
+
+
+def _story(s: Session, wanted: str) -> dict[str, list[dict[str, Any]]]:
+    id_ = _uuid(wanted)
+    messages = list(s.scalars(select(Message).where(or_(Message.provider_id == wanted, Message.id == id_))))
+    deliveries = {m.delivery_id for m in messages if m.delivery_id} | ({id_} if id_ else set())
+    where = or_(Delivery.id.in_(deliveries), Delivery.request_id == wanted)
+    found = list(s.scalars(select(Delivery).where(where).order_by(Delivery.id)))
+    if not messages:
+        messages = list(s.scalars(select(Message).where(Message.delivery_id.in_([d.id for d in found]))))
+    provider_ids = {m.provider_id for m in messages if m.provider_id} | {wanted}
+    ids = [m.id for m in messages]
+    return {
+        "delivery": [_row(d) | {"bytes": len(d.raw)} for d in found],
+        "message": [_row(m) for m in messages],
+        "conversation": _rows(
+            s, select(Conversation).where(Conversation.id.in_([m.conversation_id for m in messages]))
+        ),
+        "status": _rows(s, select(StatusReport).where(StatusReport.provider_id.in_(provider_ids))),
+        "media": _rows(s, select(Media).where(Media.message_id.in_(ids))),
+        "event": _rows(s, select(Event).where(Event.message_id.in_(ids)).order_by(Event.id)),
+        "dead letter": _rows(s, select(DeadLetter).where(DeadLetter.delivery_id.in_([d.id for d in found]))),
+    }
+
+
+def _rows(s: Session, query: Any) -> list[dict[str, Any]]:
+    return [_row(row) for row in s.scalars(query)]
+
+
+def _row(row: Any) -> dict[str, Any]:
+    return {c.key: getattr(row, c.key) for c in row.__table__.columns if c.key not in _HIDDEN}
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None

@@ -1,0 +1,280 @@
+"""`pombal up`: the whole fleet on this machine, for a look, for development, for trying to break it.
+
+Embedded servers unless `DATABASE_URL` or `REDIS_URL` are set, migrations, a demo tenant, then sandbox, web, worker and
+clock under a supervisor. `DATA/demo.json` tells scripts all they need; `DATA/env` lets a second terminal join in.
+"""
+
+import hashlib
+import hmac
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pombal.cli import default_data, say
+from pombal.errors import Misconfigured
+from pombal.ids import uuid7
+from pombal.local import Server, ensure_roles_and_database, start_postgres, start_valkey, write_env
+from pombal.secrets import new_fernet_key, new_token
+from pombal.settings import settings
+from pombal.supervisor import Command, Supervisor
+
+_PROCESSES = ("sandbox", "web", "worker", "clock")
+_SANDBOX_PORT = 9010
+
+
+def up(given: Namespace) -> int:
+    began = time.monotonic()
+    wanted = tuple(given.procs.split(",")) if given.procs else _PROCESSES
+    unknown = sorted(set(wanted) - set(_PROCESSES))
+    if unknown:
+        raise Misconfigured(f"--procs: there is no {unknown[0]}; there are {', '.join(_PROCESSES)}")
+    if given.no_sandbox:
+        wanted = tuple(name for name in wanted if name != "sandbox")
+    data = Path(given.data or default_data()).resolve()
+    _require_free_port(given.port)
+    # A supervisor's stop must run the lines below the `with`, so SIGTERM is turned into the same end as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as running:
+        if given.reset:
+            shutil.rmtree(data, ignore_errors=True)
+        data.mkdir(parents=True, exist_ok=True)
+        servers = _start_servers(running, given, data)
+        with _step("migrations"):
+            from pombal.cli.fleet import upgrade  # needs the addresses in the environment
+
+            upgrade()
+        sandbox_port = _free_port(_SANDBOX_PORT)
+        with _step("demo tenant"):
+            demo = _seed(data, given.port, sandbox_port)
+        supervisor = Supervisor(_commands(wanted, data, given.port, sandbox_port), data=data)
+        running.enter_context(_kept_alive(servers, supervisor))
+        threading.Thread(
+            target=_welcome, args=(supervisor, demo, wanted, given.port, began, data), name="welcome", daemon=True
+        ).start()
+        code = supervisor.run()
+        say("pombal: stopping the servers")
+    return code
+
+
+def _start_servers(running: ExitStack, given: Namespace, data: Path) -> list[Server]:
+    """Start what no address is given for, and put everything the fleet needs to know into the environment."""
+    servers: list[Server] = []
+    os.environ |= {"POMBAL_DATA": str(data), "POMBAL_MODE": "development"}
+    os.environ.setdefault("LOG_FORMAT", "console")
+    os.environ.setdefault("POMBAL_SECRET_KEYS", _secret_keys(data))
+    if not os.environ.get("DATABASE_URL"):
+        with _step("PostgreSQL"):
+            postgres = running.enter_context(start_postgres(data, port=given.pg_port))
+            app_url, owner_url = ensure_roles_and_database(postgres)
+        os.environ |= {"DATABASE_URL": app_url, "DATABASE_OWNER_URL": owner_url}
+        servers.append(postgres)
+    if not os.environ.get("REDIS_URL"):
+        with _step("Valkey"):
+            valkey = running.enter_context(start_valkey(data, port=given.redis_port))
+        os.environ["REDIS_URL"] = valkey.url
+        servers.append(valkey)
+    settings.cache_clear()
+    return servers
+
+
+def _secret_keys(data: Path) -> str:
+    """Made once, kept beside the data that it opens."""
+    file = data / "secret-keys"
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(new_fernet_key())
+    return file.read_text().strip()
+
+
+def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
+    """A demo tenant with a channel of each kind, `demo.json` and the sandbox's configuration. Safe to repeat."""
+    from pombal.cli import admin  # needs the addresses in the environment
+
+    base_url, sandbox_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{sandbox_port}"
+    file = data / "demo.json"
+    if file.exists():
+        demo: dict[str, Any] = msgspec.json.decode(file.read_bytes())
+    else:
+        tenant = admin.add_tenant("demo", "Demo")
+        config = admin.MetaConfig(
+            phone_number_id="880011223344556",
+            waba_id="700100200300400",
+            display_phone_number="5511955550100",
+            app="default",
+            app_secret=new_token(),
+            verify_token=new_token(),
+        )
+        channel, _ = admin.add_meta_channel(tenant, "demo-meta", config)
+        _, api_key = admin.add_key(tenant.id, "demo")
+        shown = {name: getattr(config, name) for name in ("phone_number_id", "waba_id", "app_secret", "verify_token")}
+        kept = {"id": str(channel.id), "kind": "meta", "name": channel.name, **shown}
+        demo = {"tenants": [{"slug": "demo", "api_key": api_key, "channels": [kept], "sip": []}]}
+    given = settings()
+    demo |= {
+        "base_url": base_url,
+        "database_url": given.require_database(),
+        "redis_url": given.require_redis(),
+        "sandbox": {"meta": sandbox_url},
+    }
+    _write(file, demo)
+    channels = [channel for tenant in demo["tenants"] for channel in tenant["channels"] if channel["kind"] == "meta"]
+    names = ("name", "phone_number_id", "waba_id")
+    apps = [
+        {
+            "url": f"{base_url}/webhooks/whatsapp",
+            "app_secret": channel["app_secret"],
+            "verify_token": channel["verify_token"],
+            "channels": [{name: channel[name] for name in names}],
+        }
+        for channel in channels
+    ]
+    _write(data / "sandbox.json", {"apps": apps})
+    extra = {
+        "POMBAL_SECRET_KEYS": given.secret_keys,
+        "POMBAL_MODE": given.mode,
+        "POMBAL_SANDBOX_URL": sandbox_url,
+        "LOG_FORMAT": "console",
+    }
+    write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
+    return demo
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_suffix(".part")
+    partial.touch(mode=0o600)
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
+    partial.replace(file)
+
+
+def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int) -> list[Command]:
+    python = [sys.executable, "-m", "pombal"]
+    arguments = {
+        "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
+        "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
+        "worker": ["worker", "incoming_message"],
+        "clock": ["clock"],
+    }
+    env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}
+    return [Command(name, [*python, *arguments[name]], env) for name in _PROCESSES if name in wanted]
+
+
+@contextmanager
+def _kept_alive(servers: list[Server], supervisor: Supervisor) -> Iterator[None]:
+    """Start embedded servers again when they die, on the same data and at the same address."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            for server in servers:
+                if not server.alive() and not stop.is_set():
+                    supervisor.say(f"{type(server).__name__} died, starting it again")
+                    server.restart()
+
+    thread = threading.Thread(target=watch, name="servers")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _welcome(
+    supervisor: Supervisor, demo: dict[str, Any], wanted: tuple[str, ...], port: int, began: float, data: Path
+) -> None:
+    """Wait until the web tier is ready, then say what to try next."""
+    if "web" not in wanted:
+        return
+    while not _answers(f"http://127.0.0.1:{port}/ready"):
+        time.sleep(0.1)
+    tenant = demo["tenants"][0]
+    channel = tenant["channels"][0]
+    wamid = f"wamid.DEMO{uuid7().hex}"
+    body = _demo_body(channel, wamid)
+    signature = hmac.digest(channel["app_secret"].encode(), body.encode(), hashlib.sha256).hex()
+    lines = [
+        f"ready after {time.monotonic() - began:.1f} s",
+        f"  web      http://127.0.0.1:{port}/health  /ready  /metrics",
+        f"  sandbox  {demo['sandbox']['meta']}",
+        f"  API key  {tenant['api_key']}",
+        f"  scripts  {data / 'demo.json'}",
+        "try, in a second terminal in this folder:",
+        f"  curl -i http://127.0.0.1:{port}/webhooks/whatsapp -H 'Content-Type: application/json' \\",
+        f"    -H 'X-Hub-Signature-256: sha256={signature}' \\",
+        f"    -d '{body}'",
+        f"  python3 -m pombal trace {wamid}",
+    ]
+    if "sandbox" in wanted:
+        lines.append('  python3 -m pombal sandbox say --channel demo-meta "Olá"')
+    for line in lines:
+        supervisor.say(line)
+
+
+def _demo_body(channel: dict[str, str], wamid: str) -> str:
+    person = "5511944440001"
+    message = {"from": person, "id": wamid, "timestamp": str(int(time.time())), "type": "text"}
+    value = {
+        "messaging_product": "whatsapp",
+        "metadata": {"phone_number_id": channel["phone_number_id"]},
+        "contacts": [{"wa_id": person, "profile": {"name": "Bia"}}],
+        "messages": [message | {"text": {"body": "Bom dia"}}],
+    }
+    entry = {"id": channel["waba_id"], "changes": [{"field": "messages", "value": value}]}
+    return msgspec.json.encode({"object": "whatsapp_business_account", "entry": [entry]}).decode()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - our own loopback address
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Name a step before it runs, and its time after, so that a slow one is seen."""
+    print(f"pombal: {what} …", end="", flush=True)  # noqa: T201 - the line is finished below
+    began = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        say(" failed")
+        raise
+    say(f" {time.monotonic() - began:.1f} s")
+
+
+def _require_free_port(port: int) -> None:
+    if not _is_free(port):
+        raise Misconfigured(f"port {port} is taken: choose another with --port")
+
+
+def _free_port(wanted: int) -> int:
+    if _is_free(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,151 @@
+"""The fleet's sense of time: ticks, the sweep, the reaper. Each part is restarted alone; two clocks are safe.
+
+- *Ticks* start the periodic actors on the minute, as periodiq does; an actor claims its minute, so that a second clock
+  or a restart starts nothing twice. (periodiq's own process ends when Redis is away and knows no second one:
+  dramatiq.md §12.)
+- The *sweep* finds rows that nobody works on (a lost bell, a claim that ran out, a wait that fell due) and rings for
+  them. It holds a lease, so one clock sweeps.
+- The *reaper* gives the jobs of dead worker processes back to their queues (dramatiq.md §5 H3).
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from types import FrameType
+from uuid import uuid4
+
+import dramatiq
+import redis
+
+from models import Lease
+from pombal import db, log, metrics
+from pombal.broker import HardenedBroker, broker, redis_client
+from pombal.middleware import is_store_trouble
+from workers.incoming_message import ring_waiting
+
+_log = log.get()
+
+SWEEP_SECONDS = 2.0
+_LEASE = timedelta(seconds=10)  # a clock that died is replaced after so long
+_REAP_SECONDS = 5.0
+_MARK = "pombal:queues-are-whole"
+
+
+class Clock:
+    """Runs the three parts until `stop`."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Block until stopped."""
+        parts = [
+            threading.Thread(target=self._forever, args=(part,), name=part.__name__, daemon=True)
+            for part in (self.ticks, self.sweep, self.reap)
+        ]
+        for thread in parts:
+            thread.start()
+        self._stop.wait()
+        for thread in parts:
+            thread.join(timeout=10)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _forever(self, part: Callable[[], None]) -> None:
+        while not self._stop.is_set():
+            try:
+                part()
+            except Exception as error:
+                # A part that fails is started again, by itself, for as long as the process lives.
+                if is_store_trouble(error):
+                    _log.warning("clock_part_waits", part=part.__name__, error=log.described(error))
+                else:
+                    _log.error("clock_part_failed", part=part.__name__, exc_info=error)
+                self._stop.wait(1)
+
+    def ticks(self) -> None:
+        """Enqueue the periodic actors whose minute has come."""
+        actors = [actor for actor in broker.actors.values() if "periodic" in actor.options]
+        while not self._stop.wait(60 - time.time() % 60):
+            now = datetime.now(UTC).replace(second=0, microsecond=0)
+            for actor in actors:
+                if actor.options["periodic"].validate(now):
+                    actor.send_with_options(scheduled_at=now.isoformat())
+
+    def sweep(self) -> None:
+        """Ring for waiting rows, every two seconds, while this clock has the lease."""
+        token = uuid4()
+        client = redis_client()
+        sight = Sight(client)
+        try:
+            while not self._stop.is_set():
+                with db.session() as s:
+                    is_ours = Lease.take(s, "sweep", token, _LEASE)
+                if is_ours:
+                    # Rows first: whatever Redis had before it was wiped is rung for again.
+                    rung = ring_waiting(at_once=sight.lost_the_queues())
+                    sight.saw()
+                    with db.session() as s:
+                        Lease.finished(s, "sweep", token)
+                    if rung:
+                        _log.info("sweep_rang", deliveries=rung)
+                self._stop.wait(SWEEP_SECONDS)
+        finally:
+            client.close()
+        with db.session() as s:
+            Lease.release(s, "sweep", token)
+
+    def reap(self) -> None:
+        """Touch every queue with a broker of its own whose every command does maintenance."""
+        client = redis_client()
+        reaper = HardenedBroker(client, [], maintenance_chance=1_000_000)
+        try:
+            while not self._stop.wait(_REAP_SECONDS):
+                for queue in sorted(broker.get_declared_queues()):
+                    reaper.do_qsize(queue)
+                    reaper.do_qsize(f"{queue}.DQ")
+        finally:
+            client.close()
+
+
+class Sight:
+    """Notices that Redis lost its queues: it was wiped, or it is another process than before."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._run_id: str | None = None
+        self._seen: str | None = None
+        self._is_marked = True
+
+    def lost_the_queues(self) -> bool:
+        """Whether bells rung earlier may be gone. Raises redis' errors while it is away."""
+        info = self._client.info("server")
+        self._seen = str(info.get("run_id"))
+        self._is_marked = bool(self._client.exists(_MARK))
+        return not self._is_marked or (self._run_id is not None and self._run_id != self._seen)
+
+    def saw(self) -> None:
+        """The bells have been rung again."""
+        if not self._is_marked:
+            self._client.set(_MARK, 1)
+        self._run_id = self._seen
+
+
+def main() -> int:
+    """`pombal clock`: until SIGTERM or SIGINT, then 0."""
+    clock = Clock()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        clock.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    publisher = metrics.Publisher().start()
+    _log.info("clock_started", pid=os.getpid(), dramatiq=dramatiq.__version__)
+    clock.run()
+    publisher.stop()
+    return 0

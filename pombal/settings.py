@@ -1,0 +1,144 @@
+"""Every setting, typed, read once: `settings()`. Nothing else reads the environment.
+
+Values come from the environment, then from `.pombal/env` (what `pombal up` wrote down, so that a second terminal
+finds the running servers), then from the defaults here. Whatever was not started by `up` or `test` is production:
+there a missing or weak secret refuses to start.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from cryptography.fernet import Fernet
+
+from pombal.errors import Misconfigured
+
+_SHORTEST_SECRET = 32  # characters, security-reliability.md C2
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One field per variable, named as the variable in lower case. Secrets stay out of `repr`."""
+
+    database_url: str = ""
+    database_owner_url: str = ""
+    redis_url: str = ""
+    redis_tls_verify: bool = True
+    port: int = 8000
+    host: str = "0.0.0.0"  # noqa: S104 - hosts with a router expect it; `pombal up` sets 127.0.0.1
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["console", "json"] = "json"
+    mode: Literal["development", "production"] = "production"
+    secret_keys: str = ""
+    whatsapp_app_secret: str = ""
+    whatsapp_webhook_verify_token: str = ""
+    metrics_token: str = ""
+    metrics_dir: str = ""
+    sandbox_url: str = ""
+
+    def __repr__(self) -> str:
+        return f"Settings(mode={self.mode!r})"
+
+    @property
+    def is_production(self) -> bool:
+        return self.mode == "production"
+
+    def require_database(self) -> str:
+        """The app's database URL, as SQLAlchemy and psycopg both read it. Raises `Misconfigured` when unset."""
+        return _postgresql(self.database_url or _missing("DATABASE_URL"))
+
+    def require_database_owner(self) -> str:
+        """The URL of the role that migrates; the app's own where none is set apart."""
+        return _postgresql(self.database_owner_url) if self.database_owner_url else self.require_database()
+
+    def require_redis(self) -> str:
+        """The broker's URL; `memory://` names the stub broker. Raises `Misconfigured` when unset."""
+        return self.redis_url or _missing("REDIS_URL")
+
+
+# Variables that do not carry their field's name.
+_NAMES = {
+    "redis_tls_verify": "POMBAL_REDIS_TLS_VERIFY",
+    "mode": "POMBAL_MODE",
+    "secret_keys": "POMBAL_SECRET_KEYS",
+    "metrics_dir": "PROMETHEUS_MULTIPROC_DIR",
+    "sandbox_url": "POMBAL_SANDBOX_URL",
+}
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process. Raises `Misconfigured`, naming the variable, never its value."""
+    given = {**_written_down(), **{k: v for k, v in os.environ.items() if v != ""}}
+    values = {}
+    for field in msgspec.structs.fields(Settings):
+        name = variable(field.name)
+        if name in given:
+            value = given[name]
+            values[field.name] = value.upper() if field.name == "log_level" else value
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        # The message ends with the path of the field (`… - at `$.port``); the value itself is not repeated.
+        where = str(error).rpartition("$.")[2].strip("`")
+        raise Misconfigured(f"{variable(where)} has a value that cannot be used: {_kind(error)}") from None
+
+
+def variable(field: str) -> str:
+    """The environment variable behind a field."""
+    return _NAMES.get(field, field.upper())
+
+
+def check_secrets(given: Settings) -> list[str]:
+    """What is wrong with the secrets, one sentence each; empty when a process may start."""
+    wrong = []
+    keys = [key.strip() for key in given.secret_keys.split(",") if key.strip()]
+    if not keys:
+        wrong.append("POMBAL_SECRET_KEYS is not set: give one or more Fernet keys, newest first")
+    for place, key in enumerate(keys, 1):
+        try:
+            Fernet(key)
+        except ValueError:
+            wrong.append(f"POMBAL_SECRET_KEYS: key {place} is not a Fernet key (32 bytes in URL-safe base64)")
+    if given.is_production:
+        for name, value in (
+            ("WHATSAPP_APP_SECRET", given.whatsapp_app_secret),
+            ("METRICS_TOKEN", given.metrics_token),
+        ):
+            if value and len(value) < _SHORTEST_SECRET:
+                wrong.append(f"{name} is shorter than {_SHORTEST_SECRET} characters")
+    return wrong
+
+
+def require_secrets() -> None:
+    """Refuse to start with missing or weak secrets. Raises `Misconfigured` with every reason."""
+    wrong = check_secrets(settings())
+    if wrong:
+        raise Misconfigured("; ".join(wrong))
+
+
+def data_folder() -> Path:
+    """Where `pombal up` keeps its servers' data and writes its addresses down."""
+    return Path(os.environ.get("POMBAL_DATA", ".pombal"))
+
+
+def _written_down() -> dict[str, str]:
+    path = data_folder() / "env"
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def _postgresql(url: str) -> str:
+    # Several hosts hand out `postgres://`, which SQLAlchemy refuses (dependencies.md, "Growing up").
+    return "postgresql://" + url.removeprefix("postgres://") if url.startswith("postgres://") else url
+
+
+def _missing(name: str) -> str:
+    raise Misconfigured(f"{name} is not set (`python3 -m pombal up` starts servers of its own and writes it down)")
+
+
+def _kind(error: msgspec.ValidationError) -> str:
+    return str(error).partition(" - ")[0].partition(", got")[0].lower()

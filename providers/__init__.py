@@ -1,0 +1,1 @@
+"""The systems outside: wire format in, plain values out. Knows neither the database nor the queue."""

@@ -1,0 +1,493 @@
+"""Meta's WhatsApp Cloud API: a signed webhook body in, plain values out (whatsapp-cloud-api.md §3, §5-8).
+
+    body ─ entry[] (an account) ─ changes[] (one field) ─ value ─ messages[], statuses[], errors[]
+
+What cannot be understood is rejected as narrowly as possible: the whole body only when there is no body to walk,
+else the one entry, change, message or status, by its path (security-reliability.md B1, B2). What is merely unknown
+is kept: a new message type as a message, a new field as a notice (B5).
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+from pombal.errors import Rejected
+from providers.inbound import Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
+
+_OBJECT = "whatsapp_business_account"
+
+_MAX_ID = 512
+_MAX_TYPE = 64
+_MAX_STATUS = 32
+_MAX_CALLBACK_DATA = 512
+_MAX_ERROR = 1_000
+_MAX_NAME = 512
+_MAX_DEPTH = 64
+_MAX_INTEGER = 10**308  # msgspec reads integers of 4300 digits; beyond a double, other JSON readers give up
+
+_MILLISECONDS = 10**12  # in seconds this is the year 33658
+_LAST_SECOND = 253_402_300_799  # the end of year 9999, and of datetime
+
+_BY_NUMBER = frozenset({"messages", "smb_message_echoes"})
+_MEDIA = frozenset({"image", "video", "audio", "voice", "document", "sticker"})  # `voice`: old gateways
+_CHANGED = ("user_changed_number", "customer_changed_number", "user_changed_user_id")
+
+# Keys of a message that become fields of Message or identities of its Person; everything else is its body.
+_HEAD = {
+    "from": frozenset({"id", "timestamp", "type", "from", "from_user_id"}),
+    "to": frozenset({"id", "timestamp", "type", "from", "from_user_id", "to", "to_user_id"}),
+}
+
+
+def parse(raw: bytes, received_at: datetime) -> Parsed:
+    """Everything that a body says, in its order. Raises Rejected, and nothing else, when it says nothing readable."""
+    body = _decode(raw)
+    if type(body) is not dict:
+        raise Rejected("not an object")
+    name = body.get("object")
+    if type(name) is not str:
+        raise Rejected("no object name")
+    if name != _OBJECT:
+        return Parsed([], [], ignored=f"object is not {_OBJECT}")
+    if type(body.get("entry")) is not list:
+        raise Rejected("no entry list")
+    reader = _Reader(received_at)
+    reader.each("$.entry", body["entry"], reader.entry)
+    return Parsed(reader.changes, reader.rejects)
+
+
+# -- bytes to JSON ---------------------------------------------------------------------------------------------------
+
+# One escape, read from its backslash so that `\\u0000` (a backslash, then text) is never mistaken for one. Group 1
+# catches what PostgreSQL cannot store: a NUL, or a surrogate that is not half of the pair the first branch takes.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2}))|.)",
+    re.DOTALL,
+)
+
+
+def _decode(raw: bytes) -> Any:
+    """The body as plain JSON values, without NUL or lone surrogates (B3); a body is repaired only when it must be."""
+    if b"\\u0000" in raw:
+        return _load(_repair(raw))
+    try:
+        return _load(raw)
+    except Rejected:
+        # msgspec refuses lone surrogates, but with no error of their own.
+        if b"\\u" not in raw:
+            raise
+        return _load(_repair(raw))
+
+
+def _repair(raw: bytes) -> bytes:
+    return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], raw)
+
+
+def _load(raw: bytes) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except UnicodeDecodeError:
+        raise Rejected("not UTF-8") from None
+    except RecursionError:
+        raise Rejected("nested too deeply") from None
+    except msgspec.ValidationError:  # the only rule left without a type to validate: 1e999, 100,000 digits
+        raise Rejected("number out of range") from None
+    except ValueError:
+        raise Rejected("not JSON") from None
+
+
+def _storable(value: Any, levels: int = _MAX_DEPTH) -> None:
+    """Raise when jsonb, or whoever reads it later, could not take this value."""
+    kind = type(value)
+    if kind is int:
+        if not -_MAX_INTEGER <= value <= _MAX_INTEGER:
+            raise Rejected("number out of range")
+    elif kind is dict or kind is list:
+        if not levels:
+            raise Rejected("nested too deeply")
+        for inner in value.values() if kind is dict else value:
+            if type(inner) is not str:
+                _storable(inner, levels - 1)
+
+
+# -- entries and changes ---------------------------------------------------------------------------------------------
+
+
+_Item = Message | Status | TemplateStatus | Notice
+
+
+class _Origin(msgspec.Struct, frozen=True, gc=False):
+    """The entry that a change came in: the account's id and, on account and template fields, Meta's time."""
+
+    waba: str | None
+    time: str | int | None
+
+
+class _Contact(msgspec.Struct, frozen=True, gc=False):
+    """What `value.contacts[]` knows of somebody; every part may be missing."""
+
+    phone: str | None = None
+    bsuid: str | None = None
+    parent: str | None = None
+    name: str | None = None
+
+
+_NOBODY = _Contact()
+
+
+class _Contacts(msgspec.Struct, frozen=True, gc=False):
+    """The contacts of one value, by phone and by BSUID; `sole` when there is exactly one."""
+
+    by_id: dict[str | None, _Contact]
+    sole: _Contact | None
+
+
+class _Reader:
+    """One walk through a body: what was read so far, and what was rejected."""
+
+    def __init__(self, received_at: datetime) -> None:
+        self.received_at = received_at
+        self.changes: list[Change] = []
+        self.rejects: list[Reject] = []
+
+    def each(self, path: str, elements: Any, read: Callable[[str, dict[str, Any]], None]) -> None:
+        """Read every element of a list that may be absent; one that cannot be understood is rejected alone."""
+        if elements is None:
+            return
+        if type(elements) is not list:
+            self.rejects.append(Reject(path, "not a list"))
+            return
+        for i, element in enumerate(elements):
+            self.one(f"{path}[{i}]", element, read)
+
+    def one(self, path: str, element: Any, read: Callable[[str, dict[str, Any]], None]) -> None:
+        """Read one element. A rejection ends here, so that it never takes its neighbours or its parent along."""
+        try:
+            if type(element) is not dict:
+                raise Rejected("not an object")
+            read(path, element)
+        except Rejected as error:
+            self.rejects.append(Reject(path, str(error)))
+
+    def entry(self, path: str, entry: dict[str, Any]) -> None:
+        time = entry.get("time")
+        origin = _Origin(_id(entry, "id"), time if type(time) in (str, int) else None)
+        changes = entry.get("changes")
+        if changes is None:
+            raise Rejected("no changes list")
+        self.each(f"{path}.changes", changes, lambda here, change: self.change(here, change, origin))
+
+    def change(self, path: str, change: dict[str, Any], origin: _Origin) -> None:
+        field = _word(change, "field")
+        value = change.get("value")
+        if type(value) is not dict:
+            self.rejects.append(Reject(f"{path}.value", "not an object"))
+            return
+        metadata = value.get("metadata")
+        number = _id(metadata, "phone_number_id") if type(metadata) is dict else None
+        if number is None and field in _BY_NUMBER:
+            raise Rejected("no phone_number_id")
+        if number is None and origin.waba is None:
+            raise Rejected("no account id")
+        made = Change(path, number, origin.waba, [])
+        path = f"{path}.value"
+        if field == "messages":
+            self.messages(path, value, origin, made.items)
+        elif field == "smb_message_echoes":
+            self.echoes(path, value, made.items)
+        else:
+            self.one(path, value, lambda here, _: made.items.append(self.notice(here, field, value, origin)))
+            if field == "message_template_status_update":
+                self.one(path, value, lambda here, _: made.items.append(_template_status(here, value, self.at(origin))))
+        if made.items:
+            self.changes.append(made)
+
+    def messages(self, path: str, value: dict[str, Any], origin: _Origin, items: list[_Item]) -> None:
+        """Messages and statuses may come together, and an error may come with neither."""
+        messages: Any = value.get("messages")
+        statuses, errors = value.get("statuses"), value.get("errors")
+        contacts = self.contacts(path, value.get("contacts"))
+
+        def message(here: str, element: dict[str, Any]) -> None:
+            if element.get("type") == "request_welcome":  # withdrawn by Meta: nothing was said, so nothing to answer
+                sent = _Origin(origin.waba, element.get("timestamp"))
+                items.append(self.notice(here, "request_welcome", element, sent))
+            else:
+                items.append(_message(here, element, contacts, "in", self.received_at))
+
+        def status(here: str, element: dict[str, Any]) -> None:
+            items.append(_status(here, element, self.received_at))
+
+        if errors and _takes_errors(messages):
+            messages[0]["errors"], errors = errors, None
+        self.each(f"{path}.messages", messages, message)
+        self.each(f"{path}.statuses", statuses, status)
+        if errors:
+            payload = {"errors": errors}
+            self.one(f"{path}.errors", payload, lambda at, _: items.append(self.notice(at, "errors", payload, origin)))
+        elif not messages and not statuses:  # a list that is new to us, perhaps: keep it
+            self.one(path, value, lambda at, _: items.append(self.notice(at, "messages", value, origin)))
+
+    def echoes(self, path: str, value: dict[str, Any], items: list[_Item]) -> None:
+        """What the business sent from its phone app: outgoing, whoever is named in `from` (§15: bot loops)."""
+        if value.get("message_echoes") is None:
+            raise Rejected("no message_echoes list")
+        contacts = self.contacts(path, value.get("contacts"))
+
+        def echo(here: str, element: dict[str, Any]) -> None:
+            items.append(_message(here, element, contacts, "out", self.received_at))
+
+        self.each(f"{path}.message_echoes", value["message_echoes"], echo)
+
+    def contacts(self, path: str, elements: Any) -> _Contacts:
+        by_id: dict[str | None, _Contact] = {}
+        contact = None
+
+        def keep(_: str, element: dict[str, Any]) -> None:
+            nonlocal contact
+            contact = _contact(element)
+            for key in (contact.bsuid, contact.phone):
+                if key is not None:
+                    by_id[key] = contact
+
+        self.each(f"{path}.contacts", elements, keep)
+        return _Contacts(by_id, contact if type(elements) is list and len(elements) == 1 else None)
+
+    def notice(self, path: str, field: str, value: dict[str, Any], origin: _Origin) -> Notice:
+        """Kept raw. Its digest is our deduplication key, for Meta gives these no id of their own (§4)."""
+        _storable(value)
+        canonical = msgspec.json.encode([origin.waba, origin.time, field, value], order="deterministic")
+        return Notice(path, field, value, hashlib.sha256(canonical).digest(), self.at(origin))
+
+    def at(self, origin: _Origin) -> datetime:
+        return _time(origin.time) or self.received_at
+
+
+def _template_status(path: str, value: dict[str, Any], at: datetime) -> TemplateStatus:
+    reason = _text(value, "reason", _MAX_ERROR)
+    return TemplateStatus(
+        path=path,
+        name=_required_id(value, "message_template_name"),
+        language=_required_id(value, "message_template_language"),
+        status=_status_word(value, "event"),
+        at=at,
+        category=_text(value, "message_template_category", _MAX_TYPE),
+        reason=None if reason == "NONE" else reason,
+    )
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+def _message(
+    path: str, element: dict[str, Any], contacts: _Contacts, direction: Literal["in", "out"], received_at: datetime
+) -> Message:
+    """One message of any type, known to us or not. Its body is all of the element that has no other place (§6)."""
+    other = "from" if direction == "in" else "to"
+    provider_id = _required_id(element, "id")
+    kind = "unknown" if element.get("type") is None else _word(element, "type")
+    person, parent = _person(element, contacts, other)
+    group = _id(element, "group_id")
+    head = _HEAD[other]
+    body = {key: value for key, value in element.items() if key not in head}
+    _storable(body)
+    if parent is not None:
+        body.setdefault(f"{other}_parent_user_id", parent)
+    at = _time(element.get("timestamp"))
+    if at is None:
+        at = received_at
+        body["pombal"] = {"odd_timestamp": True}
+    return Message(
+        path=path,
+        provider_id=provider_id,
+        direction=direction,
+        type=kind,
+        body=body,
+        person=person,
+        chat=person if group is None else Person((("group", group),)),
+        at=at,
+        file=_file(kind, element),
+    )
+
+
+def _person(element: dict[str, Any], contacts: _Contacts, other: str) -> tuple[Person, str | None]:
+    """Who is on the other side, and the parent BSUID that the contact adds.
+
+    A user with a username has no phone here, an old one no BSUID (§5); the contact with either id completes the other.
+    """
+    system = element.get("system")
+    if type(system) is not dict:
+        system = {}
+    bsuid = _id(element, f"{other}_user_id")
+    phone = _phone(element, other) or _phone(system, "customer")
+    contact = contacts.by_id.get(bsuid) or contacts.by_id.get(phone) or _NOBODY
+    if bsuid is None and phone is None:
+        contact = contacts.sole or _NOBODY
+    bsuid, phone = bsuid or contact.bsuid, phone or contact.phone
+    if bsuid is not None:
+        identities = (("bsuid", bsuid),) if phone is None else (("bsuid", bsuid), ("phone", phone))
+    elif phone is not None:
+        identities = (("phone", phone),)
+    else:
+        raise Rejected("no sender" if other == "from" else "no recipient")
+    aliases = tuple(alias for alias in _new_identities(system) if alias not in identities) if system else ()
+    return Person(identities, contact.name, aliases), contact.parent
+
+
+def _new_identities(system: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The phone and the BSUID that somebody has from now on. A change of phone also makes a new BSUID (§5, §6)."""
+    if system.get("type") not in _CHANGED:
+        return
+    phone, bsuid = _phone(system, "wa_id") or _phone(system, "new_wa_id"), _id(system, "user_id")
+    if phone is not None:
+        yield "phone", phone
+    if bsuid is not None:
+        yield "bsuid", bsuid
+
+
+def _contact(element: dict[str, Any]) -> _Contact:
+    profile = element.get("profile")
+    if type(profile) is not dict:
+        profile = {}
+    return _Contact(
+        phone=_phone(element, "wa_id"),
+        bsuid=_id(element, "user_id"),
+        parent=_id(element, "parent_user_id"),
+        name=_text(profile, "name", _MAX_NAME) or _text(profile, "username", _MAX_NAME),
+    )
+
+
+def _file(kind: str, element: dict[str, Any]) -> File | None:
+    """The file of a media message, also of one inside an edit; None when Meta could not give its id."""
+    if kind == "edit":
+        edit = element.get("edit")
+        inner = edit.get("message") if type(edit) is dict else None
+        if type(inner) is not dict or type(inner.get("type")) is not str:
+            return None
+        element, kind = inner, inner["type"]
+    media = element.get(kind) if kind in _MEDIA else None
+    media_id = _id(media, "id") if type(media) is dict else None
+    if media is None or media_id is None:
+        return None
+    return File(
+        media_id,
+        kind,
+        _text(media, "mime_type", _MAX_NAME),
+        _text(media, "sha256", _MAX_NAME),
+        _text(media, "filename", _MAX_NAME),
+    )
+
+
+def _takes_errors(messages: Any) -> bool:
+    """Whether `value.errors` belongs to the one message beside it, as when Meta lost its interactive object (§6)."""
+    return type(messages) is list and len(messages) == 1 and type(messages[0]) is dict and not messages[0].get("errors")
+
+
+# -- statuses --------------------------------------------------------------------------------------------------------
+
+
+def _status(path: str, element: dict[str, Any], received_at: datetime) -> Status:
+    """One status, its word kept also when unknown to us (§7). Only a group send names a participant."""
+    code, error = _error(element.get("errors"))
+    return Status(
+        path=path,
+        provider_id=_required_id(element, "id"),
+        status=_status_word(element, "status"),
+        at=_time(element.get("timestamp")) or received_at,
+        participant=_id(element, "recipient_participant_id") or _id(element, "recipient_participant_user_id") or "",
+        callback_data=_text(element, "biz_opaque_callback_data", _MAX_CALLBACK_DATA),
+        error_code=code,
+        error=error,
+        pricing=_object(element, "pricing"),
+        conversation=_object(element, "conversation"),
+    )
+
+
+def _error(errors: Any) -> tuple[str | None, str | None]:
+    """Code and text of the first error. `error_data` is an object, or at times a plain string (§13)."""
+    if type(errors) is not list or not errors or type(errors[0]) is not dict:
+        return None, None
+    first = errors[0]
+    code = first.get("code")
+    data = first.get("error_data")
+    details = _text(data, "details", _MAX_ERROR) if type(data) is dict else _text(first, "error_data", _MAX_ERROR)
+    title = _text(first, "title", _MAX_ERROR) or _text(first, "message", _MAX_ERROR)
+    text = ": ".join(part for part in (title, details) if part)
+    return str(code)[:_MAX_STATUS] if type(code) in (str, int) else None, text[:_MAX_ERROR] or None
+
+
+# -- single values ---------------------------------------------------------------------------------------------------
+
+
+def _id(holder: dict[str, Any], key: str) -> str | None:
+    """An id, which Meta writes as text and others as a number; None when absent or empty."""
+    value = holder.get(key)
+    if type(value) is not str:
+        if value is None:
+            return None
+        if type(value) is not int:
+            raise Rejected(f"{key} is not text")
+        value = str(value)
+    if len(value) > _MAX_ID:
+        raise Rejected(f"{key} too long")
+    return value or None
+
+
+def _required_id(holder: dict[str, Any], key: str) -> str:
+    value = _id(holder, key)
+    if value is None:
+        raise Rejected(f"no {key}")
+    return value
+
+
+def _phone(holder: dict[str, Any], key: str) -> str | None:
+    value = _id(holder, key)
+    return value.removeprefix("+") or None if value else None
+
+
+def _word(holder: dict[str, Any], key: str) -> str:
+    """A name that Meta chose, such as a type or a field."""
+    value = holder.get(key)
+    if type(value) is not str or not value:
+        raise Rejected(f"no {key}")
+    if len(value) > _MAX_TYPE:
+        raise Rejected(f"{key} too long")
+    return value
+
+
+def _status_word(holder: dict[str, Any], key: str) -> str:
+    word = _word(holder, key).lower()
+    if len(word) > _MAX_STATUS:
+        raise Rejected(f"{key} too long")
+    return word
+
+
+def _text(holder: dict[str, Any], key: str, limit: int) -> str | None:
+    """A text to show or compare, never worth a rejection: another type counts as absent."""
+    value = holder.get(key)
+    return value[:limit] or None if type(value) is str else None
+
+
+def _object(holder: dict[str, Any], key: str) -> dict[str, Any] | None:
+    value = holder.get(key)
+    if type(value) is not dict:
+        return None
+    _storable(value)
+    return value
+
+
+def _time(value: Any) -> datetime | None:
+    """Seconds, or milliseconds as some senders have it, as text or number; None when it is no such time (B4)."""
+    if type(value) is str:
+        # 20 digits are plenty, and int() would take 4300 of them, signs, blanks and underscores.
+        if len(value) > 20 or not (value.isascii() and value.isdecimal()):
+            return None
+        value = int(value)
+    if type(value) is not int or value <= 0:
+        return None
+    seconds = value / 1000 if _MILLISECONDS <= value < 1000 * _LAST_SECOND else value
+    return datetime.fromtimestamp(seconds, UTC) if seconds <= _LAST_SECOND else None

@@ -1,0 +1,7 @@
+"""`python -m sandbox --port N --config FILE`."""
+
+import sys
+
+from sandbox.app import main
+
+sys.exit(main())

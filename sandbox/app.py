@@ -1,0 +1,459 @@
+"""The sandbox as a service: an HTTP control port through which a developer or a test tells Meta's side what to send.
+
+`GET /` lists the routes. Requests and answers are JSON, errors `{"error":{"code","message"}}`. A route that sends one
+body waits up to 5 s for its 200 and answers `{"delivery","accepted","status"}`: `accepted` false means it is still
+being sent again, as Meta would, or that it was one for a single try; `status` is the last HTTP status, null when
+nobody answered. `from` and `to` are a phone number in digits or a BSUID.
+"""
+
+import argparse
+import asyncio
+import base64
+import binascii
+import logging
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import SystemRandom
+from typing import Annotated, Any, Literal, TypeVar
+
+import httpx
+import msgspec
+import uvicorn
+from msgspec import Meta
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from sandbox import meta
+from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
+from sandbox.meta import JSON
+from sandbox.runs import Plan, Run
+from sandbox.sender import Delivery, Post, Sender
+
+log = logging.getLogger("sandbox")
+
+WAIT = 5.0  # seconds a request waits for the first 200
+MAX_REQUEST = 16 * 2**20  # bytes; room for bodies beyond the 3 MB that Meta sends, to try a receiver's limit
+MAX_RUNS = 4  # at one time
+REMEMBERED_RUNS = 20
+MAX_ELEMENTS = 250_000  # in one run; they are all made before the first is sent
+CUSTOMER = "5511944440001"
+
+Customer = Annotated[str, Meta(pattern=r"^([0-9]{5,20}|[A-Z]{2}\.[A-Za-z0-9]{1,128})$")]
+Word = Annotated[str, Meta(min_length=1, max_length=64)]
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """The request cannot be served; becomes the error answer."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+# Requests
+
+
+class Say(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    text: Annotated[str, Meta(max_length=100_000)]
+    from_: Customer = msgspec.field(name="from", default=CUSTOMER)
+    name: Annotated[str, Meta(max_length=200)] = "Bia Prado"
+
+
+class Send(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    type: Word
+    object: Any = None
+    count: Annotated[int, Meta(ge=1, le=1000)] = 1
+    from_: Customer = msgspec.field(name="from", default=CUSTOMER)
+    name: Annotated[str, Meta(max_length=200)] = "Bia Prado"
+
+
+class Status(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    wamid: Annotated[str, Meta(min_length=1, max_length=10_000)]
+    status: Word
+    to: Customer = CUSTOMER
+    at: int | None = None
+    extra: JSON = {}
+
+
+class Field(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    field: Word
+    value: JSON | None = None
+
+
+class Raw(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    body: str | None = None
+    base64: str | None = None
+    signature: Literal["good", "bad", "none", "old"] = "good"
+
+
+class StartTraffic(msgspec.Struct, forbid_unknown_fields=True):
+    channels: list[str] | None = None
+    bodies: Annotated[int, Meta(ge=1, le=20_000)] = 300
+    seed: int | None = None
+    rate: Annotated[float, Meta(gt=0, le=10_000)] | None = None
+    contacts: Annotated[int, Meta(ge=1, le=100_000)] = 200
+    duplicates: Annotated[float, Meta(ge=0, le=0.5)] = 0.2
+    malformed: Annotated[float, Meta(ge=0, le=0.5)] = 0.01
+    shuffle: bool = True
+    per_body: tuple[Annotated[int, Meta(ge=1, le=1000)], Annotated[int, Meta(ge=1, le=1000)]] = (1, 50)
+
+
+class Handshake(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    verify_token: str | None = None
+
+
+# Routes; the first line of each docstring is what `GET /` tells, so it holds the body
+
+
+async def index(request: Request) -> JSONResponse:
+    """This list."""
+    routes = [
+        {"method": method, "path": route.path, "does": (route.endpoint.__doc__ or "").splitlines()[0]}
+        for route in ROUTES
+        for method in sorted((route.methods or set()) - {"HEAD"})
+    ]
+    return JSONResponse({"routes": routes})
+
+
+async def health(request: Request) -> JSONResponse:
+    """Alive, with the names of the channels, or what is wrong with the configuration."""
+    try:
+        return JSONResponse({"status": "ok", "channels": list(_config(request).by_channel())})
+    except Refused as error:
+        return JSONResponse({"status": "ok", "channels": [], "config_error": str(error)})
+
+
+async def say(request: Request) -> JSONResponse:
+    """{"channel","text","from"?,"name"?}: a customer writes one text; answers its wamid too."""
+    ask = await _body(request, Say)
+    app, channel = _channel(request, ask.channel)
+    wamid = _new_wamid(ask.from_)
+    message = meta.text_message(wamid, ask.from_, ask.text, int(time.time()))
+    value = {"contacts": [meta.contact(ask.from_, ask.name)], "messages": [message]}
+    outcome = await _deliver_change(request, app, channel, "messages", value)
+    return JSONResponse({"wamid": wamid, **outcome})
+
+
+async def send(request: Request) -> JSONResponse:
+    """{"channel","type","object"?,"count"?,"from"?,"name"?}: `count` messages of any type in one body; answers wamids.
+
+    Without an object an example is sent; several messages go through the examples of the type in turn.
+    """
+    ask = await _body(request, Send)
+    app, channel = _channel(request, ask.channel)
+    wamids = [_new_wamid(ask.from_) for _ in range(ask.count)]
+    now = int(time.time())
+    try:
+        messages = [
+            meta.message(ask.type, wamid, ask.from_, now, ask.object, variant=i) for i, wamid in enumerate(wamids)
+        ]
+    except ValueError as error:
+        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+    value = {"contacts": [meta.contact(ask.from_, ask.name)], "messages": messages}
+    outcome = await _deliver_change(request, app, channel, "messages", value)
+    return JSONResponse({"wamids": wamids, **outcome})
+
+
+async def status(request: Request) -> JSONResponse:
+    """{"channel","wamid","status","to"?,"at"?,"extra"?}: what became of an outgoing message; `extra` keys are added."""
+    ask = await _body(request, Status)
+    app, channel = _channel(request, ask.channel)
+    at = int(time.time()) if ask.at is None else ask.at
+    element = meta.status(ask.wamid, ask.status, at, ask.to) | ask.extra
+    beside = {} if ask.status == "failed" else {"contacts": [meta.contact(ask.to)]}
+    outcome = await _deliver_change(request, app, channel, "messages", beside | {"statuses": [element]})
+    return JSONResponse(outcome)
+
+
+async def field(request: Request) -> JSONResponse:
+    """{"channel","field","value"?}: any other webhook field; without a value an example, the same each time."""
+    ask = await _body(request, Field)
+    app, channel = _channel(request, ask.channel)
+    return JSONResponse(await _deliver_change(request, app, channel, ask.field, ask.value))
+
+
+async def raw(request: Request) -> JSONResponse:
+    """{"channel","body" or "base64","signature"?: good|bad|none|old}: any bytes; without a good signature only once.
+
+    `old` signs with the legacy SHA-1 header alone.
+    """
+    ask = await _body(request, Raw)
+    app, _ = _channel(request, ask.channel)
+    if (ask.body is None) == (ask.base64 is None):
+        raise Refused(400, "INVALID_PAYLOAD", "give either body or base64")
+    try:
+        content = ask.body.encode() if ask.body is not None else base64.b64decode(ask.base64 or "", validate=True)
+    except binascii.Error as error:
+        raise Refused(400, "INVALID_PAYLOAD", f"base64: {error}") from error
+    headers = {
+        "good": {"X-Hub-Signature-256": meta.sign(content, app.app_secret)},
+        "bad": {"X-Hub-Signature-256": meta.sign(content, app.app_secret + "x")},
+        "none": {},
+        "old": {"X-Hub-Signature": meta.sign_sha1(content, app.app_secret)},
+    }[ask.signature]
+    post = Post(app.url, content, headers, once=ask.signature != "good")
+    return JSONResponse(await _deliver(request, post))
+
+
+async def handshake(request: Request) -> JSONResponse:
+    """{"channel","verify_token"?}: the GET verification; answers verified, status, exact_challenge, content_type."""
+    ask = await _body(request, Handshake)
+    app, _ = _channel(request, ask.channel)
+    challenge = str(secrets.randbelow(10**10))
+    params = {
+        "hub.mode": "subscribe",
+        "hub.challenge": challenge,
+        "hub.verify_token": app.verify_token if ask.verify_token is None else ask.verify_token,
+    }
+    async with httpx.AsyncClient(timeout=WAIT, trust_env=False) as http:
+        try:
+            answer = await http.get(httpx.URL(app.url).copy_merge_params(params))
+        except httpx.HTTPError:
+            return JSONResponse({"verified": False, "status": None, "exact_challenge": False, "content_type": None})
+    exact = answer.content == challenge.encode()
+    return JSONResponse(
+        {
+            "verified": exact and answer.status_code == 200,
+            "status": answer.status_code,
+            "exact_challenge": exact,
+            "content_type": answer.headers.get("content-type"),
+        }
+    )
+
+
+async def start_traffic(request: Request) -> JSONResponse:
+    """{"channels"?,"bodies"?,"seed"?,"rate"?,"contacts"?,"duplicates"?,"malformed"?,"shuffle"?,"per_body"?}: a run.
+
+    Answers `{"id","seed"}` at once. `rate` is bodies per second, unlimited when left out. The same seed gives the same
+    message ids, so a second run with it is all duplicates; without one a fresh seed is taken.
+    """
+    ask = await _body(request, StartTraffic)
+    if ask.per_body[0] > ask.per_body[1]:
+        raise Refused(400, "INVALID_PAYLOAD", "per_body is [fewest, most]")
+    if ask.bodies * ask.per_body[1] > MAX_ELEMENTS:
+        raise Refused(400, "INVALID_PAYLOAD", f"bodies times the most per_body is above {MAX_ELEMENTS}")
+    runs: dict[str, Run] = request.app.state.runs
+    ended = [run for run in runs.values() if run.state not in ("preparing", "running")]
+    if len(runs) - len(ended) >= MAX_RUNS:
+        raise Refused(429, "RATE_LIMITED", f"{MAX_RUNS} runs are going on; wait for one or cancel it")
+    names = list(_config(request).by_channel()) if ask.channels is None else list(dict.fromkeys(ask.channels))
+    chosen = [_channel(request, name) for name in names]
+    if not chosen:
+        raise Refused(400, "INVALID_PAYLOAD", "no channel to send to")
+    plan = Plan(
+        channels=chosen,
+        bodies=ask.bodies,
+        seed=secrets.randbelow(2**32) if ask.seed is None else ask.seed,
+        rate=ask.rate,
+        contacts=ask.contacts,
+        duplicates=ask.duplicates,
+        malformed=ask.malformed,
+        shuffle=ask.shuffle,
+        per_body=ask.per_body,
+    )
+    for old in ended[: max(0, len(runs) - REMEMBERED_RUNS + 1)]:
+        del runs[old.id]
+    run = Run(plan, request.app.state.sender)
+    runs[run.id] = run
+    return JSONResponse({"id": run.id, "seed": plan.seed}, status_code=202)
+
+
+async def traffic(request: Request) -> JSONResponse:
+    """How far a run is; `?truth=1` adds how many distinct messages and statuses a receiver must have kept."""
+    run = _run(request)
+    progress = run.progress()
+    if request.query_params.get("truth") == "1":
+        progress["truth"] = run.truth_counts()
+    return JSONResponse(progress)
+
+
+async def cancel_traffic(request: Request) -> JSONResponse:
+    """End a run: what is not accepted yet is dropped."""
+    run = _run(request)
+    await run.cancel()
+    return JSONResponse(run.progress())
+
+
+async def journal(request: Request) -> JSONResponse:
+    """`?limit=50` (1..1000): the latest deliveries, newest first, and how many there are of each state."""
+    limit = request.query_params.get("limit", "50")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
+        raise Refused(400, "INVALID_PAYLOAD", "limit is a number from 1 to 1000")
+    sender: Sender = request.app.state.sender
+    latest = list(sender.journal)[: -int(limit) - 1 : -1]
+    return JSONResponse({**sender.counts, "deliveries": [_delivery(delivery) for delivery in latest]})
+
+
+ROUTES = [
+    Route("/", index),
+    Route("/health", health),
+    Route("/meta/say", say, methods=["POST"]),
+    Route("/meta/send", send, methods=["POST"]),
+    Route("/meta/status", status, methods=["POST"]),
+    Route("/meta/field", field, methods=["POST"]),
+    Route("/meta/raw", raw, methods=["POST"]),
+    Route("/meta/handshake", handshake, methods=["POST"]),
+    Route("/meta/traffic", start_traffic, methods=["POST"]),
+    Route("/meta/traffic/{id}", traffic),
+    Route("/meta/traffic/{id}", cancel_traffic, methods=["DELETE"]),
+    Route("/meta/journal", journal),
+]
+
+
+# What the routes share
+
+
+async def _body(request: Request, type: type[T]) -> T:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_REQUEST:
+            raise Refused(413, "PAYLOAD_TOO_LARGE", f"a request has at most {MAX_REQUEST} bytes")
+    try:
+        return msgspec.json.decode(content, type=type)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+
+
+def _config(request: Request) -> Config:
+    config: ConfigFile = request.app.state.config
+    try:
+        return config.read()
+    except ConfigError as error:
+        raise Refused(503, "UNAVAILABLE", str(error)) from error
+
+
+def _channel(request: Request, name: str) -> tuple[App, Channel]:
+    channels = _config(request).by_channel()
+    if name not in channels:
+        raise Refused(404, "NOT_FOUND", f"no channel {name!r}; there are: {', '.join(channels) or 'none'}")
+    return channels[name]
+
+
+def _run(request: Request) -> Run:
+    runs: dict[str, Run] = request.app.state.runs
+    run_id = request.path_params["id"]
+    if run_id not in runs:
+        raise Refused(404, "NOT_FOUND", f"no run {run_id!r}")
+    return runs[run_id]
+
+
+def _new_wamid(customer: str) -> str:
+    return meta.new_wamid(SystemRandom(), customer)
+
+
+async def _deliver_change(request: Request, app: App, channel: Channel, field: str, value: JSON | None) -> JSON:
+    number = channel.number
+    try:
+        change = meta.change(number, field, value)
+    except ValueError as error:
+        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+    sent_at = None if field in meta.NUMBER_FIELDS else int(time.time())
+    content = meta.encode(meta.envelope([meta.entry(number.waba_id, [change], sent_at)]))
+    return await _deliver(request, Post(app.url, content, {"X-Hub-Signature-256": meta.sign(content, app.app_secret)}))
+
+
+async def _deliver(request: Request, post: Post) -> JSON:
+    sender: Sender = request.app.state.sender
+    delivery = sender.send(post)
+    try:
+        async with asyncio.timeout(WAIT):
+            await delivery.ended.wait()
+    except TimeoutError:
+        pass  # it goes on being sent; the answer says that it is not accepted yet
+    return {"delivery": delivery.id, "accepted": delivery.state == "accepted", "status": delivery.status}
+
+
+def _delivery(delivery: Delivery) -> JSON:
+    return {
+        "id": delivery.id,
+        "state": delivery.state,
+        "attempts": delivery.attempts,
+        "status": delivery.status,
+        "created_at": delivery.created_at,
+        "accepted_at": delivery.accepted_at,
+    }
+
+
+# The service
+
+
+def create_app(config_path: str | Path) -> Starlette:
+    """The control port as an ASGI app. It sends only within its lifespan.
+
+    The file need not exist yet: it is read when a request needs it, and again when it has changed.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.config = ConfigFile(Path(config_path))
+        app.state.runs = {}
+        async with Sender() as app.state.sender:
+            yield
+            for run in app.state.runs.values():
+                await run.cancel()
+
+    return Starlette(
+        routes=ROUTES,
+        lifespan=lifespan,
+        exception_handlers={Refused: _refused, HTTPException: _http_error},
+    )
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status)
+
+
+def _refused(request: Request, error: Any) -> JSONResponse:
+    return _error(error.status, error.code, str(error))
+
+
+def _http_error(request: Request, error: Any) -> JSONResponse:
+    code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "INVALID_PAYLOAD")
+    return _error(error.status_code, code, f"{error.detail}; GET / lists the routes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; what is pending then is dropped. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta that sends signed webhooks.")
+    parser.add_argument("--port", type=int, default=9010, help="control port (9010)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
+    parser.add_argument("--config", type=Path, required=True, help="JSON file with apps and channels")
+    args = parser.parse_args(argv)
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # httpx logs every request with its URL, and a handshake has the verify token in it.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(args.config),
+            host=args.host,
+            port=args.port,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(WAIT) + 1,
+        )
+    )
+    # uvicorn shuts down in order and then raises the signal once more for whoever listened before: with nobody
+    # listening it would end the process with the signal's exit code instead of 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    log.info("sandbox on http://%s:%d, configuration %s", args.host, args.port, args.config)
+    server.run()
+    return 0

@@ -1,0 +1,103 @@
+"""Thin calls to a running sandbox, for a command line or a script.
+
+`control_url` is the address of the control port, such as `http://127.0.0.1:9010`. Every function returns the answer's
+JSON as described in `sandbox.app` and raises SandboxError when the sandbox refuses; httpx.HTTPError means that it is
+not there.
+"""
+
+from typing import Any
+
+import httpx
+
+JSON = dict[str, Any]
+
+
+class SandboxError(Exception):
+    """The sandbox refused; `code` is its word for why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def say(control_url: str, channel: str, text: str, *, from_: str | None = None, name: str | None = None) -> JSON:
+    """A customer writes one text."""
+    return _call("POST", control_url, "/meta/say", channel=channel, text=text, name=name, **{"from": from_})
+
+
+def send(
+    control_url: str,
+    channel: str,
+    type: str,
+    *,
+    object: Any = None,
+    count: int | None = None,
+    from_: str | None = None,
+) -> JSON:
+    """Messages of any type in one body."""
+    return _call(
+        "POST", control_url, "/meta/send", channel=channel, type=type, object=object, count=count, **{"from": from_}
+    )
+
+
+def status(control_url: str, channel: str, wamid: str, status: str, **more: Any) -> JSON:
+    """What became of an outgoing message; `more` are `to`, `at` and `extra`."""
+    return _call("POST", control_url, "/meta/status", channel=channel, wamid=wamid, status=status, **more)
+
+
+def field(control_url: str, channel: str, field: str, value: JSON | None = None) -> JSON:
+    """Any other webhook field."""
+    return _call("POST", control_url, "/meta/field", channel=channel, field=field, value=value)
+
+
+def raw(
+    control_url: str,
+    channel: str,
+    *,
+    body: str | None = None,
+    base64: str | None = None,
+    signature: str | None = None,
+) -> JSON:
+    """Any bytes with a good, bad, no or old signature."""
+    return _call("POST", control_url, "/meta/raw", channel=channel, body=body, base64=base64, signature=signature)
+
+
+def handshake(control_url: str, channel: str, *, verify_token: str | None = None) -> JSON:
+    """The verification of the callback URL."""
+    return _call("POST", control_url, "/meta/handshake", channel=channel, verify_token=verify_token)
+
+
+def traffic(control_url: str, channels: list[str] | None = None, **plan: Any) -> JSON:
+    """Start a run; `plan` are the other keys of `POST /meta/traffic`. Follow it with `progress`."""
+    return _call("POST", control_url, "/meta/traffic", channels=channels, **plan)
+
+
+def progress(control_url: str, run_id: str, *, truth: bool = False) -> JSON:
+    """How far a run is."""
+    return _call("GET", control_url, f"/meta/traffic/{run_id}" + ("?truth=1" if truth else ""))
+
+
+def cancel(control_url: str, run_id: str) -> JSON:
+    """End a run."""
+    return _call("DELETE", control_url, f"/meta/traffic/{run_id}")
+
+
+def journal(control_url: str, *, limit: int = 50) -> JSON:
+    """The latest deliveries."""
+    return _call("GET", control_url, f"/meta/journal?limit={limit}")
+
+
+def health(control_url: str) -> JSON:
+    """Whether it is alive, and its channels."""
+    return _call("GET", control_url, "/health")
+
+
+def _call(method: str, control_url: str, path: str, **body: Any) -> JSON:
+    given = {key: value for key, value in body.items() if value is not None}
+    # Longer than the 5 s that the sandbox waits for a 200.
+    with httpx.Client(timeout=30, trust_env=False) as http:
+        response = http.request(method, control_url.rstrip("/") + path, json=given or None)
+    answer: JSON = response.json()
+    if response.is_error:
+        raise SandboxError(answer["error"]["code"], answer["error"]["message"])
+    return answer

@@ -1,0 +1,86 @@
+"""Which apps and channels the sandbox plays Meta for, read from a JSON file.
+
+    {"apps": [{"url": "http://127.0.0.1:8000/webhooks/whatsapp", "app_secret": "…", "verify_token": "…",
+               "channels": [{"name": "demo-meta", "phone_number_id": "…", "waba_id": "…",
+                             "display_phone_number": "…"}]}]}
+
+A channel's name is unique in the file; `display_phone_number` may be left out.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from sandbox.meta import Number
+
+
+class ConfigError(Exception):
+    """The file is missing or cannot be used; the message says why and holds none of its values but channel names."""
+
+
+class Channel(msgspec.Struct, frozen=True):
+    name: str
+    phone_number_id: str
+    waba_id: str
+    display_phone_number: str = "5511955550100"
+
+    @property
+    def number(self) -> Number:
+        return Number(self.phone_number_id, self.waba_id, self.display_phone_number)
+
+
+class App(msgspec.Struct, frozen=True):
+    """One Meta app: where its webhooks go and what proves them."""
+
+    url: str
+    app_secret: str
+    verify_token: str
+    channels: tuple[Channel, ...]
+
+
+class Config(msgspec.Struct, frozen=True):
+    apps: tuple[App, ...]
+
+    def by_channel(self) -> dict[str, tuple[App, Channel]]:
+        return {channel.name: (app, channel) for app in self.apps for channel in app.channels}
+
+
+@dataclass
+class ConfigFile:
+    """The file, read again when it has changed."""
+
+    path: Path
+    _read_at: tuple[int, int] | None = None
+    _config: Config = field(default_factory=lambda: Config(()))
+
+    def read(self) -> Config:
+        try:
+            stat = self.path.stat()
+            # The size too: two writes may fall into one tick of the clock.
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp != self._read_at:
+                self._config = _parse(self.path.read_bytes())
+                self._read_at = stamp
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}") from error
+        except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+        return self._config
+
+
+def _parse(raw: bytes) -> Config:
+    config = msgspec.json.decode(raw, type=Config)
+    names = [channel.name for app in config.apps for channel in app.channels]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"channel {name!r} is listed twice")
+    for i, app in enumerate(config.apps):
+        try:
+            url = httpx.URL(app.url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"apps[{i}].url: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ConfigError(f"apps[{i}].url is not an http(s) address")
+    return config

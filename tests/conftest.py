@@ -1,0 +1,61 @@
+"""One PostgreSQL and one Valkey for the whole run, migrated as in production; a fresh tenant for each test.
+
+The addresses are put into the environment before any test module is imported: the broker is made at import.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+_running = ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the servers and migrate. Nothing of the fleet may be imported before."""
+    from pombal.local import ensure_roles_and_database, start_postgres, start_valkey
+    from pombal.secrets import new_fernet_key
+    from pombal.settings import settings
+
+    data = Path(tempfile.mkdtemp(prefix="pombal-tests-"))
+    _running.callback(shutil.rmtree, data, ignore_errors=True)
+    postgres = _running.enter_context(start_postgres(data, settings={"fsync": "off", "log_min_messages": "fatal"}))
+    valkey = _running.enter_context(start_valkey(data))
+    app_url, owner_url = ensure_roles_and_database(postgres)
+    os.environ |= {
+        "DATABASE_URL": app_url,
+        "DATABASE_OWNER_URL": owner_url,
+        "REDIS_URL": valkey.url,
+        "POMBAL_DATA": str(data),
+        "POMBAL_MODE": "development",
+        "POMBAL_NO_BOOTSTRAP": "1",
+        "POMBAL_SECRET_KEYS": new_fernet_key(),
+        "POMBAL_TEST_SUPERUSER_URL": postgres.database_url("postgres", "pombal"),
+        "LOG_FORMAT": "json",
+    }
+    settings.cache_clear()
+
+    from pombal.cli.fleet import upgrade
+
+    upgrade()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    from pombal import db
+
+    db.engine().dispose()
+    _running.close()
+
+
+@pytest.fixture
+def queues() -> Iterator[None]:
+    """Empty queues before and after: what a test enqueues is its own."""
+    from workers import broker
+
+    broker.flush_all()
+    yield
+    broker.flush_all()

@@ -1,0 +1,75 @@
+"""Real servers on real sockets for the sandbox's tests."""
+
+import hashlib
+import hmac
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+SECRET = "app-secret-ção"
+VERIFY_TOKEN = "verify-me"
+
+
+@dataclass
+class Receiver:
+    """A webhook endpoint that answers with `failures` first, one status for each request, and 200 from then on."""
+
+    failures: Sequence[int] = ()
+    url: str = ""
+    received: list[bytes] = field(default_factory=list)
+    accepted: list[bytes] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+    async def verify(self, request: Request) -> Response:
+        asked = request.query_params
+        if asked.get("hub.mode") != "subscribe" or asked.get("hub.verify_token") != VERIFY_TOKEN:
+            return PlainTextResponse("Forbidden", status_code=403)
+        return PlainTextResponse(asked["hub.challenge"])
+
+    async def receive(self, request: Request) -> Response:
+        raw = await request.body()
+        self.received.append(raw)
+        self.headers.append(dict(request.headers))
+        good = "sha256=" + hmac.new(SECRET.encode(), raw, hashlib.sha256).hexdigest()
+        if request.headers.get("x-hub-signature-256") != good:
+            return PlainTextResponse("Unauthorized", status_code=401)
+        if len(self.received) <= len(self.failures):
+            return Response(status_code=self.failures[len(self.received) - 1])
+        self.accepted.append(raw)
+        return PlainTextResponse("EVENT_RECEIVED")
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[Route("/hook", self.verify), Route("/hook", self.receive, methods=["POST"])],
+        )
+
+
+@contextmanager
+def serve(app: Starlette) -> Iterator[str]:
+    """Serve an app from a thread; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def receiver(*failures: int) -> Iterator[Receiver]:
+    its = Receiver(failures)
+    with serve(its.app()) as address:
+        its.url = f"{address}/hook"
+        yield its

@@ -1,0 +1,78 @@
+"""The door: prove the sender, check the shape, commit, enqueue, answer. `app` is the ASGI application."""
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypedDict
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pombal import metrics
+from pombal.ids import uuid7
+from pombal.settings import settings
+from web import health, status, webhooks
+from web.errors import HANDLERS
+from web.inbox import Inbox
+from web.signatures import Apps
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class State(TypedDict):
+    inbox: Inbox
+    apps: Apps
+
+
+class RequestId:
+    """`X-Request-ID` in and out: the caller's if it is harmless, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid7().hex.encode()
+        scope["request_id"] = request_id.decode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+@asynccontextmanager
+async def lifespan(_: Starlette) -> AsyncIterator[State]:
+    publisher = metrics.Publisher().start()
+    inbox = Inbox(settings().require_database())
+    inbox.start()
+    try:
+        yield {"inbox": inbox, "apps": Apps()}
+    finally:
+        await inbox.stop()
+        publisher.stop()
+
+
+app = Starlette(
+    routes=[
+        Route("/webhooks/whatsapp", webhooks.meta, methods=["POST"]),
+        Route("/webhooks/whatsapp/{app}", webhooks.meta, methods=["POST"]),
+        Route("/webhooks/whatsapp", webhooks.meta_handshake, methods=["GET"]),
+        Route("/webhooks/whatsapp/{app}", webhooks.meta_handshake, methods=["GET"]),
+        Route("/api/v1/channels", status.channels),
+        Route("/api/v1/channels/{id}", status.channel),
+        Route("/health", health.health),
+        Route("/ready", health.ready),
+        Route("/metrics", health.fleet_metrics),
+    ],
+    middleware=[Middleware(RequestId)],
+    exception_handlers=HANDLERS,
+    lifespan=lifespan,
+)

@@ -1,0 +1,75 @@
+"""Error answers, all of one shape: `{"error": {"code", "message", "details", "request_id", "timestamp"}}`."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pombal import db, log
+from pombal.errors import Unreachable
+
+_log = log.get()
+
+_CODES = {
+    400: "INVALID_PAYLOAD",
+    401: "UNAUTHORIZED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    405: "INVALID_PAYLOAD",
+    409: "CONFLICT",
+}
+
+
+class Failure(Exception):
+    """An answer other than success. `close` ends the connection too: the sender may still be sending."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after: int | None = None, close: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if close:
+            self.headers["Connection"] = "close"
+
+
+def answer(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    error: dict[str, Any] = {
+        "code": code,
+        "message": message,
+        "details": {},
+        "request_id": request.scope.get("request_id"),
+        "timestamp": datetime.now(UTC).isoformat(),
+    }
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+async def on_failure(request: Request, error: Any) -> Response:
+    return answer(request, error.status, error.code, error.message, error.headers)
+
+
+async def on_unreachable(request: Request, error: Exception) -> Response:
+    return answer(request, 503, "UNAVAILABLE", "try again later", {"Retry-After": "5"})
+
+
+async def on_http_exception(request: Request, error: Any) -> Response:
+    code = _CODES.get(error.status_code, "INTERNAL_ERROR")
+    return answer(request, error.status_code, code, error.detail.lower(), dict(error.headers or {}))
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Whatever else: no stack, SQL, path or version in the answer (security-reliability.md W12)."""
+    if db.is_store_trouble(error):
+        return await on_unreachable(request, error)
+    _log.error("request_failed", request_id=request.scope.get("request_id"), exc_info=error)
+    return answer(request, 500, "INTERNAL_ERROR", "something went wrong here; the request id finds it in the log")
+
+
+HANDLERS: dict[Any, Any] = {
+    Failure: on_failure,
+    Unreachable: on_unreachable,
+    HTTPException: on_http_exception,
+    Exception: on_error,
+}

@@ -1,0 +1,139 @@
+"""Alive, ready, and the fleet's numbers."""
+
+import asyncio
+import hmac
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import redis
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pombal import db, metrics
+from pombal.broker import broker
+from pombal.settings import settings
+from web.errors import Failure
+
+_LOOPBACK = ("127.0.0.1", "::1")
+
+
+async def health(request: Request) -> Response:
+    """Alive: touches nothing (security-reliability.md N2)."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """200 when Postgres answers and migrations are current. The words are for loopback and the token's bearer."""
+    try:
+        async with asyncio.timeout(2):
+            missing, notes = await asyncio.to_thread(_missing)
+    except TimeoutError:
+        missing, notes = ["the database does not answer in time"], []
+    content: dict[str, object] = {"status": "unavailable" if missing else "ready"}
+    if _may_look(request):
+        content |= {"missing": missing, "notes": notes}
+    return JSONResponse(content, status_code=503 if missing else 200)
+
+
+async def fleet_metrics(request: Request) -> Response:
+    """Prometheus for the whole fleet. Outside loopback it takes `METRICS_TOKEN`; without one set it is not there."""
+    if not _may_look(request):
+        if not settings().metrics_token:
+            raise Failure(404, "NOT_FOUND", "not found")
+        raise Failure(401, "UNAUTHORIZED", "the metrics token is needed")
+    content = await asyncio.to_thread(_measured)
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _may_look(request: Request) -> bool:
+    token = settings().metrics_token
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if token and hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):
+        return True
+    client = request.client.host if request.client else ""  # a Unix socket has no client: its folder's mode decides
+    return not client or client in _LOOPBACK
+
+
+@cache
+def newest_migration() -> str:
+    """The revision that this code was written for."""
+    config = Config(toml_file=str(Path(__file__).parent.parent / "pyproject.toml"))
+    return ScriptDirectory.from_config(config).get_current_head() or ""
+
+
+def _missing() -> tuple[list[str], list[str]]:
+    """What keeps this process from accepting, and what else an operator should know; in words."""
+    missing, notes = [], []
+    try:
+        with db.session() as s:
+            version = s.scalar(text("SELECT version_num FROM alembic_version"))
+        if version != newest_migration():
+            missing.append("migrations are not current: run `pombal migrate`")
+    except Exception as error:
+        if db.is_store_trouble(error):
+            missing.append("the database is away")
+        else:
+            missing.append("the database has no tables yet: run `pombal migrate`")
+    try:
+        client = metrics.client_for_metrics()
+        client.ping()
+    except redis.RedisError:
+        notes.append("the queue is away: bodies are accepted and wait as rows")
+    return missing, notes
+
+
+def _measured() -> bytes:
+    """The sum over all processes, and what is measured now: waiting rows, queue depths, dead letters."""
+    client = metrics.client_for_metrics()
+    families, is_complete = metrics.fleet(client)
+    gauges = [metrics.gauge("pombal_metrics_complete", "Whether all hosts could be asked.", [({}, float(is_complete))])]
+    try:
+        with db.session() as s:
+            gauges.extend(_from_rows(s))
+    except Exception as error:
+        if not db.is_store_trouble(error):
+            raise
+    try:
+        depths = list(_queue_depths(client))
+        gauges.append(metrics.gauge("pombal_queue_messages", "Messages in the queues, by state.", depths))
+    except redis.RedisError:
+        pass  # said by `pombal_metrics_complete 0`
+    return metrics.exposition([*families, *gauges])
+
+
+def _from_rows(s: Session) -> Iterator[metrics.Family]:
+    pending, oldest = s.execute(
+        text("""
+            SELECT count(*), coalesce(extract(epoch FROM now() - min(received_at)), 0)
+            FROM delivery WHERE state = 'pending'
+        """)
+    ).one()
+    queue = {"queue": "incoming_message"}
+    yield metrics.gauge("pombal_pending", "Rows that wait for work.", [(queue, float(pending))])
+    yield metrics.gauge("pombal_oldest_pending_seconds", "Age of the oldest waiting row.", [(queue, float(oldest))])
+    lag = s.scalar(text("SELECT extract(epoch FROM now() - max(done_at)) FROM lease WHERE name = 'sweep'"))
+    if lag is not None:
+        yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
+    db.see_all(s)
+    letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
+    known = broker.get_declared_actors()
+    samples: dict[str, float] = {}
+    for actor, count in letters:
+        name = actor if actor in known else "unknown"
+        samples[name] = samples.get(name, 0) + count
+    yield metrics.gauge(
+        "pombal_dead_letters",
+        "Dead letters that wait for an operator.",
+        [({"actor": name}, count) for name, count in samples.items()],
+    )
+
+
+def _queue_depths(client: redis.Redis) -> Iterator[tuple[dict[str, str], float]]:
+    for queue in sorted(broker.get_declared_queues()):
+        for state, key in (("ready", f"{queue}.msgs"), ("delayed", f"{queue}.DQ.msgs"), ("dead", f"{queue}.XQ.msgs")):
+            yield {"queue": queue, "state": state}, float(client.hlen(f"dramatiq:{key}"))

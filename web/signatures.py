@@ -1,0 +1,128 @@
+"""Who sent it: HMAC over the raw bytes, tokens, API keys. Constant time throughout; nothing configured means closed."""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from typing import NamedTuple
+from uuid import UUID
+
+from starlette.requests import Request
+
+from models import ApiKey, App
+from models.app import DEFAULT_SLUG
+from pombal import db
+from pombal.settings import settings
+from web.errors import Failure
+
+MiB = 1024 * 1024
+_BODY_SECONDS = 10.0  # for the whole body (security-reliability.md W5)
+_KNOWN_FOR = 10.0  # seconds an app's secrets are believed without asking the database
+_SIGNATURE = re.compile(rb"sha256=([0-9a-f]{64})")
+_NOBODY = secrets.token_bytes(32)  # what an unknown app is checked against, so that it costs the same
+
+
+class AppSecrets(NamedTuple):
+    """`app_id` is None for an app that does not exist; nothing proves itself against it."""
+
+    app_id: UUID | None
+    secrets: list[bytes]
+    verify_token: bytes
+
+
+class Apps:
+    """The secrets of apps by their URL slug, remembered for some seconds, and longer while Postgres is away."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, AppSecrets]] = {}
+
+    async def get(self, slug: str) -> AppSecrets:
+        """Never raises for an unknown app: it looks like any other to whoever guesses (W10)."""
+        known = self._known.get(slug)
+        if known and time.monotonic() - known[0] < _KNOWN_FOR:
+            return known[1]
+        try:
+            async with asyncio.timeout(2.5):
+                found = await asyncio.to_thread(_load, slug)
+        except Exception as error:
+            if not (isinstance(error, TimeoutError) or db.is_store_trouble(error)):
+                raise
+            if known:
+                return known[1]
+            raise Failure(503, "UNAVAILABLE", "the database is away", retry_after=5) from None
+        if found.app_id is not None:  # strangers' guesses must not fill the memory
+            self._known[slug] = (time.monotonic(), found)
+        return found
+
+
+def _load(slug: str) -> AppSecrets:
+    with db.session() as s:
+        app = s.scalars(App.by_slug(slug)).first()
+    if app is None:
+        return AppSecrets(None, [_NOBODY], _NOBODY)
+    kept = app.secrets()
+    given = settings()
+    app_secrets = kept["app_secrets"] or [given.whatsapp_app_secret] * (slug == DEFAULT_SLUG)
+    verify_token = kept["verify_token"] or given.whatsapp_webhook_verify_token * (slug == DEFAULT_SLUG)
+    return AppSecrets(app.id, [one.encode() for one in app_secrets if one], verify_token.encode())
+
+
+def signer(raw: bytes, header: bytes | None, keys: list[bytes]) -> int | None:
+    """Which of the keys signed these bytes, by its place; None if none did (whatsapp-cloud-api.md §2)."""
+    match = _SIGNATURE.fullmatch(header or b"")
+    claimed = match[1] if match else b"0" * 64
+    matches = [
+        hmac.compare_digest(hmac.digest(key, raw, hashlib.sha256).hex().encode(), claimed) for key in keys or [_NOBODY]
+    ]
+    return matches.index(True) if match and keys and True in matches else None
+
+
+def is_token(given: str, kept: bytes) -> bool:
+    """Compare a token in constant time; an empty kept one matches nothing."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), kept or _NOBODY)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The raw body. 413 at the first byte over `limit`, declared or not; 408 after 10 s; 415 for an encoded one."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Failure(415, "INVALID_PAYLOAD", "content encodings are not supported", close=True)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise Failure(413, "PAYLOAD_TOO_LARGE", f"at most {limit} bytes", close=True)
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise Failure(413, "PAYLOAD_TOO_LARGE", f"at most {limit} bytes", close=True)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Failure(408, "INVALID_PAYLOAD", "the body took too long", close=True) from None
+    return b"".join(chunks)
+
+
+class Caller(NamedTuple):
+    """Who an API key belongs to. Scope comes from the credential alone (T1)."""
+
+    tenant_id: UUID
+    key: ApiKey
+
+
+async def caller(request: Request, scope: str) -> Caller:
+    """The tenant behind `Authorization: Bearer <api key>`. Raises 401 without a good key, 403 without the scope."""
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    tenant_id = ApiKey.tenant_named_in(text.strip()) if scheme.lower() == "bearer" else None
+    key = await asyncio.to_thread(_key, tenant_id, text.strip()) if tenant_id else None
+    if key is None:
+        raise Failure(401, "UNAUTHORIZED", "a valid API key is needed")
+    if not key.allows(scope):
+        raise Failure(403, "FORBIDDEN", f"this key lacks the scope {scope}")
+    return Caller(key.tenant_id, key)
+
+
+def _key(tenant_id: UUID, text: str) -> ApiKey | None:
+    with db.session([tenant_id]) as s:
+        return s.scalars(ApiKey.presented(text)).first()

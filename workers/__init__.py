@@ -1,0 +1,6 @@
+"""The fleet: one file = one queue = one actor of that name. Importing this package declares them all."""
+
+from pombal.broker import broker
+from workers.incoming_message import incoming_message
+
+__all__ = ["broker", "incoming_message"]

@@ -1,0 +1,273 @@
+"""What incoming items change: contacts, conversations, messages, statuses, templates, files and events.
+
+The same for every provider, since parsers return the same plain values. Effects commute: any order and any repetition
+of items ends in the same rows. Each table is written once per batch, sorted by its key, and always in the same order
+of tables, so that two batches cannot deadlock (architecture.md, decision 2). Not a queue, hence the underscore.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import RowMapping, text
+from sqlalchemy.orm import Session
+
+from models import Conversation, Event, Media, Message, MessageStatus, Seen, StatusReport, Template
+from models.contact import Meeting
+from pombal.ids import uuid7
+from providers import inbound
+
+_WINDOW = timedelta(hours=24)  # for free-form answers after a customer's message (whatsapp-cloud-api.md §10)
+_MEDIA_LIFE = timedelta(days=7)  # of a media id (whatsapp-cloud-api.md §12)
+
+Source = TypeVar("Source")  # where an item came from; handed back beside what became of it
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A message of the batch: `is_new` is False when it was there before, or twice in the batch."""
+
+    id: UUID
+    tenant_id: UUID
+    channel_id: UUID
+    direction: str
+    is_new: bool
+
+
+def apply_items(s: Session, given: Iterable[tuple[Source, UUID, UUID, Any]]) -> list[tuple[Source, Stored]]:
+    """Write all effects of `(source, tenant, channel, item)`; returns its messages beside their sources.
+
+    Needs a transaction that sees the tenants. `source.id` is noted as the message's delivery.
+    """
+    told = Told()
+    sources = []
+    for source, tenant, channel, item in given:
+        id_ = told.add(getattr(source, "id", None), tenant, channel, item)
+        if id_ is not None:
+            sources.append((source, id_, tenant, channel, item.direction))
+    told.people.settle(s)
+    new = Message.store(s, told.message_rows())
+    StatusReport.fold(s, told.status_rows())
+    risen = Message.catch_up(s, told.reported_keys())
+    Conversation.touch(s, told.conversation_rows(new))
+    Template.heard(s, told.template_rows())
+    Media.expect(s, told.media_rows(new))
+    notices = Seen.first_time(s, set(told.notices))
+    Event.append(s, told.event_rows(new, risen, notices))
+    # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
+    s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
+    outcome = []
+    fresh = set(new)
+    for source, id_, tenant, channel, direction in sources:
+        outcome.append((source, Stored(id_, tenant, channel, direction, id_ in fresh)))
+        fresh.discard(id_)
+    return outcome
+
+
+class Told:
+    """What a batch says, merged by natural key: the same key twice in one statement is an error in SQL."""
+
+    def __init__(self) -> None:
+        self.people = Meeting()
+        self.notices: dict[tuple[UUID, bytes], tuple[UUID, inbound.Notice]] = {}
+        self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
+        self._statuses: dict[tuple[UUID, UUID, str, str], dict[str, Any]] = {}
+        self._templates: dict[tuple[UUID, UUID, str, str], inbound.TemplateStatus] = {}
+
+    def add(self, delivery: UUID | None, tenant: UUID, channel: UUID, item: Any) -> UUID | None:
+        """Take one item in; returns the id under which a message will be stored if it is new."""
+        match item:
+            case inbound.Message():
+                known = self._messages.get((tenant, channel, item.provider_id))
+                if known is None:
+                    known = self._messages[(tenant, channel, item.provider_id)] = (uuid7(), delivery, item)
+                    self._meet(tenant, channel, item)
+                return known[0]
+            case inbound.Status():
+                self._report(tenant, channel, item)
+            case inbound.TemplateStatus():
+                key = (tenant, channel, item.name, item.language)
+                verdict = self._templates.get(key)
+                if verdict is None or (verdict.at, verdict.status) < (item.at, item.status):
+                    self._templates[key] = item
+            case inbound.Notice():
+                # An account's notice is routed to each of its channels, and is one event per tenant.
+                self.notices.setdefault((tenant, item.digest), (channel, item))
+        return None
+
+    def _meet(self, tenant: UUID, channel: UUID, item: inbound.Message) -> None:
+        for person in (item.person, item.chat) if item.chat is not item.person else (item.person,):
+            self.people.meet(tenant, channel, person.identities, person.aliases, person.name, item.at)
+
+    def _report(self, tenant: UUID, channel: UUID, item: inbound.Status) -> None:
+        key = (tenant, channel, item.provider_id, item.participant)
+        row = self._statuses.setdefault(key, _empty_report(*key))
+        rank = StatusReport.rank_of(item.status)
+        if row["status"] is None or rank > row["rank"]:
+            row["status"], row["rank"] = item.status, rank
+        for column in REPORTED_AT.get(item.status, ()):
+            row[column] = min(row[column] or item.at, item.at)
+        for column in ("error_code", "error", "callback_data"):
+            row[column] = row[column] or getattr(item, column)
+        for column in ("pricing", "conversation"):
+            said = getattr(item, column)
+            row[column] = row[column] or (_json(said) if said else None)
+
+    def message_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for (tenant, channel, provider_id), (id_, delivery, item) in self._messages.items():
+            is_in = item.direction == "in"
+            chat = self.people.whom(tenant, channel, item.chat.identities)
+            rows.append(
+                {
+                    "tenant_id": tenant,
+                    "id": id_,
+                    "channel_id": channel,
+                    "conversation_id": Conversation.id_of(channel, chat),
+                    "contact_id": self.people.whom(tenant, channel, item.person.identities),
+                    "direction": item.direction,
+                    "type": item.type,
+                    "body": _json(item.body),
+                    "provider_id": provider_id,
+                    "status": MessageStatus.RECEIVED if is_in else MessageStatus.SENT,
+                    "sent_at": None if is_in else item.at,
+                    "provider_at": item.at,
+                    "delivery_id": delivery,
+                }
+            )
+        return rows
+
+    def status_rows(self) -> list[dict[str, Any]]:
+        """Reports, and an empty one for each echo: whoever comes second sees the other's row (`StatusReport`)."""
+        for (tenant, channel, provider_id), (_, _, item) in self._messages.items():
+            if item.direction == "out":
+                key = (tenant, channel, provider_id, "")
+                self._statuses.setdefault(key, _empty_report(*key))
+        return list(self._statuses.values())
+
+    def reported_keys(self) -> list[tuple[UUID, UUID, str]]:
+        return [(tenant, channel, provider_id) for tenant, channel, provider_id, _ in self._statuses]
+
+    def conversation_rows(self, new: set[UUID]) -> list[dict[str, Any]]:
+        """One row per conversation that got a new message; only new incoming ones count as unread."""
+        rows: dict[UUID, dict[str, Any]] = {}
+        for (tenant, channel, _), (id_, _, item) in self._messages.items():
+            if id_ not in new:
+                continue
+            contact = self.people.whom(tenant, channel, item.chat.identities)
+            conversation = Conversation.id_of(channel, contact)
+            row = rows.setdefault(
+                conversation,
+                {
+                    "tenant_id": tenant,
+                    "id": conversation,
+                    "channel_id": channel,
+                    "contact_id": contact,
+                    "last_message_at": item.at,
+                    "window_until": None,
+                    "unread_count": 0,
+                },
+            )
+            row["last_message_at"] = max(row["last_message_at"], item.at)
+            if item.direction == "in":
+                row["window_until"] = max(row["window_until"] or item.at + _WINDOW, item.at + _WINDOW)
+                row["unread_count"] += 1
+        return list(rows.values())
+
+    def template_rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "tenant_id": tenant,
+                "channel_id": channel,
+                "name": name,
+                "language": language,
+                "category": item.category,
+                "status": item.status,
+                "reason": item.reason,
+                "status_at": item.at,
+            }
+            for (tenant, channel, name, language), item in self._templates.items()
+        ]
+
+    def media_rows(self, new: set[UUID]) -> list[dict[str, Any]]:
+        return [
+            {
+                "tenant_id": tenant,
+                "message_id": id_,
+                "channel_id": channel,
+                "provider_media_id": item.file.provider_media_id,
+                "kind": item.file.kind,
+                "mime_type": item.file.mime_type,
+                "sha256": item.file.sha256,
+                "filename": item.file.filename,
+                "deadline": item.at + _MEDIA_LIFE,
+            }
+            for (tenant, channel, _), (id_, _, item) in self._messages.items()
+            if id_ in new and item.file
+        ]
+
+    def event_rows(
+        self, new: set[UUID], risen: list[RowMapping], notices: set[tuple[UUID, bytes]]
+    ) -> list[dict[str, Any]]:
+        """What listeners are told: ids and states; texts stay in the message."""
+        rows = []
+        for (tenant, channel, _), (id_, _, item) in self._messages.items():
+            if id_ in new:
+                chat = Conversation.id_of(channel, self.people.whom(tenant, channel, item.chat.identities))
+                kind = "message_received" if item.direction == "in" else "message_echoed"
+                payload = {"message_id": id_, "conversation_id": chat, "type": item.type}
+                rows.append(_event(kind, tenant, channel, id_, payload))
+        for row in risen:
+            payload = {"message_id": row["id"], "status": row["status"]}
+            rows.append(_event("message_status", row["tenant_id"], row["channel_id"], row["id"], payload))
+        for tenant, digest in sorted(notices):
+            channel, notice = self.notices[(tenant, digest)]
+            rows.append(_event(notice.type, tenant, channel, None, notice.payload))
+        return rows
+
+
+# `read` without `delivered` is common: the step was skipped, not missed (whatsapp-cloud-api.md §4).
+REPORTED_AT = {
+    "sent": ("sent_at",),
+    "delivered": ("delivered_at",),
+    "read": ("read_at",),
+    "played": ("read_at",),
+    "failed": ("failed_at",),
+}
+
+
+def _empty_report(tenant: UUID, channel: UUID, provider_id: str, participant: str) -> dict[str, Any]:
+    return {
+        "tenant_id": tenant,
+        "channel_id": channel,
+        "provider_id": provider_id,
+        "participant": participant,
+        "rank": 0,
+        "status": None,
+        "sent_at": None,
+        "delivered_at": None,
+        "read_at": None,
+        "failed_at": None,
+        "error_code": None,
+        "error": None,
+        "pricing": None,
+        "conversation": None,
+        "callback_data": None,
+    }
+
+
+def _event(kind: str, tenant: UUID, channel: UUID | None, message: UUID | None, payload: Any) -> dict[str, Any]:
+    return {
+        "tenant_id": tenant,
+        "id": uuid7(),
+        "type": kind,
+        "channel_id": channel,
+        "message_id": message,
+        "payload": _json(payload),
+    }
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,353 @@
+"""Turn webhook bodies into contacts, conversations, messages, statuses, templates and events.
+
+Queue `incoming_message`, in: ids of `delivery` rows. Rung by the web tier after each commit, by the sweep for what was
+forgotten, and by a timer once a minute. Safe to run twice and at once: rows are worked on under a claim, and every
+effect commutes (architecture.md, decisions 2 to 4).
+
+The steps: claim (its own commit, so that a body that kills the process leaves a trace) → parse → effects and verdicts
+in one commit, fenced by the claim. A batch that fails for a reason of its own is run again with the bad rows bisected
+out under savepoints; those go on as jobs of their own, through retries to the dead letters.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+from uuid import UUID, uuid4
+
+from sqlalchemy import RowMapping, select, text
+from sqlalchemy.orm import Session
+
+from models import App, DeadLetter, Delivery, DeliveryState, Route, Tick
+from models.dead_letter import letter
+from models.delivery import FATAL_CRASHES, LostClaim
+from pombal import db, log, metrics
+from pombal.broker import actor, cron
+from pombal.errors import Permanent, Rejected
+from pombal.middleware import GivenUp, cause, is_store_trouble
+from providers import inbound, meta
+from workers._effects import Stored, apply_items
+
+_log = log.get()
+
+BATCH = 200  # deliveries in one job
+_RERUNS = 5
+
+# A suspect may take this process down: nobody else's solitary claim must be alive in it then, or it would be blamed.
+_one_suspect = threading.Lock()
+
+
+@actor(queue="incoming_message", max_retries=3, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
+def incoming_message(ids: list[str]) -> None:
+    """Process the deliveries with these ids; those that are done, or in other hands, are left alone."""
+    wanted = [UUID(id_) for id_ in ids]
+    token = uuid4()
+    with db.session() as s:
+        claimed = Delivery.claim(s, wanted, token)
+    if claimed:
+        process(claimed, token)
+    elif len(wanted) == 1:
+        with _one_suspect:
+            process_suspect(wanted[0], token)
+
+
+@actor(queue="incoming_message", max_retries=0, periodic=cron("* * * * *"))
+def incoming_message_tick() -> None:
+    """Once a minute: keep the coming days' partitions, and ring for what waits even when no sweep runs."""
+    with db.session() as s:
+        if not Tick.claim(s, "incoming_message"):
+            return
+        s.execute(text("SELECT make_partitions(7)"))
+    ring_waiting()
+
+
+def ring_waiting(*, at_once: bool = False, limit: int = 10 * BATCH) -> int:
+    """Enqueue jobs for deliveries that wait and were not rung lately; returns how many. Suspects get a job each."""
+    with db.session() as s:
+        waiting = Delivery.to_ring(s, limit, at_once=at_once)
+    clean = [str(id_) for id_, is_suspect in waiting if not is_suspect]
+    jobs = [clean[n : n + BATCH] for n in range(0, len(clean), BATCH)]
+    for job in [*jobs, *([str(id_)] for id_, is_suspect in waiting if is_suspect)]:
+        incoming_message.send(job)
+        with db.session() as s:
+            Delivery.rung(s, [UUID(id_) for id_ in job])
+    metrics.sweeps.labels(queue="incoming_message").inc(len(waiting))
+    return len(waiting)
+
+
+def process(claimed: list[RowMapping], token: UUID) -> None:
+    """One commit for all of them; a bad row does not keep its neighbours."""
+    began = time.monotonic()
+    batch = [Reading(row) for row in claimed]
+    try:
+        bad = commit_or_isolate(batch, token)
+    except LostClaim:
+        _log.warning("claim_lost", deliveries=len(batch))  # it took too long; whoever has the rows now does the work
+        return
+    except Exception as error:
+        if len(batch) == 1 and is_own(error):
+            fail(batch[0], token, error)
+        give_back(batch, token)
+        raise
+    report(batch, bad, time.monotonic() - began)
+    for reading in bad:
+        incoming_message.send([str(reading.id)])
+
+
+def process_suspect(id_: UUID, token: UUID) -> None:
+    """Run alone a row whose last claim ended without a verdict, or park it when it has killed often enough."""
+    with db.session() as s:
+        row = Delivery.claim_suspect(s, id_, token)
+    if row is None:
+        return
+    if row["crashes"] < FATAL_CRASHES:
+        process([row], token)
+        return
+    reason = f"its process died {row['crashes']} times while it was worked on alone"
+    with db.session() as s:
+        app_tenants = tenants_of_apps(s, [row])
+        db.see(s, app_tenants.values())
+        Delivery.finish(s, {id_: (DeliveryState.DEAD, reason)}, token)
+        DeadLetter.record(s, [delivery_letter(row, reason, app_tenants.get(row["app_id"]))])
+    metrics.deliveries.labels(provider=row["provider"], outcome="parked").inc()
+    _log.error("job_dead", delivery_id=str(id_), request_id=row["request_id"], error=reason)
+
+
+PARSERS = {"meta": meta.parse}
+
+
+class Reading:
+    """One claimed delivery, parsed: what it says, and what became of it."""
+
+    def __init__(self, row: RowMapping) -> None:
+        self.row = row
+        self.id: UUID = row["id"]
+        self.parsed = inbound.Parsed([], [])
+        self.rejected: str | None = None
+        self.broken: Exception | None = None
+        self.letters: list[dict[str, Any]] = []
+        self.tenants: set[UUID] = set()
+        self.stored: list[Stored] = []
+        try:
+            self.parsed = PARSERS[row["provider"]](row["raw"], row["received_at"])
+        except Rejected as error:
+            self.rejected = str(error)
+        except Exception as error:  # a fault of the parser is this row's trouble, not its neighbours'
+            self.broken = error
+
+    def verdict(self) -> tuple[DeliveryState, str | None]:
+        """`dead` only where nothing at all of it could be used."""
+        if self.rejected:
+            return DeliveryState.DEAD, self.rejected
+        if self.parsed.ignored:
+            return DeliveryState.IGNORED, self.parsed.ignored
+        if self.letters:
+            reason = f"{len(self.letters)} rejected, first: {self.letters[0]['error']}"
+            return (DeliveryState.DONE if self.tenants else DeliveryState.DEAD), reason
+        return DeliveryState.DONE, None
+
+
+def is_own(error: Exception) -> bool:
+    """Whether the fault lies in the rows, rather than with the stores or with other batches."""
+    return not is_store_trouble(error) and not db.is_worth_rerunning(error)
+
+
+def commit_or_isolate(batch: list[Reading], token: UUID) -> list[Reading]:
+    """Commit the batch; returns the rows that cannot be, if it takes leaving them out."""
+    try:
+        commit(batch, token, apply_together)
+        return []
+    except LostClaim:
+        raise
+    except Exception as error:
+        if len(batch) == 1 or not is_own(error):
+            raise
+    return commit(batch, token, apply_isolated)
+
+
+def commit(batch: list[Reading], token: UUID, how: "Apply") -> list[Reading]:
+    """Write effects, verdicts and dead letters in one commit; returns the rows left out. Reruns after a deadlock."""
+    for attempt in range(1, _RERUNS + 1):
+        try:
+            with db.session() as s:
+                routes = Routes(s, batch)
+                db.see(s, routes.tenants)
+                bad = how(s, batch, routes)
+                good = [reading for reading in batch if reading not in bad]
+                for reading in good:
+                    routes.quarantine(reading)
+                DeadLetter.record(s, [row for reading in good for row in reading.letters])
+                Delivery.finish(s, {reading.id: reading.verdict() for reading in good}, token)
+                Delivery.release(s, [reading.id for reading in bad], token)
+            return bad
+        except Exception as error:
+            if not db.is_worth_rerunning(error) or attempt == _RERUNS:
+                raise
+    raise AssertionError("unreachable")
+
+
+Apply: TypeAlias = "Callable[[Session, list[Reading], Routes], list[Reading]]"
+
+
+def apply_together(s: Session, batch: list[Reading], routes: "Routes") -> list[Reading]:
+    """Apply all or raise."""
+    for reading in batch:
+        if reading.broken:
+            raise reading.broken
+    for reading in batch:
+        reading.stored = []
+    given = [
+        (reading, route.tenant_id, route.channel_id, item)
+        for reading in batch
+        for change in reading.parsed.changes
+        for route in routes.of(reading, change)
+        for item in change.items
+    ]
+    for reading, stored in apply_items(s, given):
+        reading.stored.append(stored)
+    return []
+
+
+def apply_isolated(s: Session, batch: list[Reading], routes: "Routes") -> list[Reading]:
+    """Apply what can be applied, halving around what cannot; returns the rows that failed by themselves."""
+    try:
+        with s.begin_nested():
+            return apply_together(s, batch, routes)
+    except Exception as error:
+        if not is_own(error):
+            raise
+        if len(batch) == 1:
+            return batch
+    half = len(batch) // 2
+    return apply_isolated(s, batch[:half], routes) + apply_isolated(s, batch[half:], routes)
+
+
+def fail(reading: Reading, token: UUID, error: Exception) -> None:
+    """Count the failure of a row that ran alone, and raise: its own error, or `GivenUp` when it had its tries."""
+    limit = incoming_message.options["max_retries"]
+    with db.session() as s:
+        failures = Delivery.failed(s, reading.id, token, limit=limit)
+        if failures > limit:
+            app_tenants = tenants_of_apps(s, [reading.row])
+            db.see(s, app_tenants.values())
+            row = delivery_letter(reading.row, log.described(error), app_tenants.get(reading.row["app_id"]))
+            row |= {"traceback": log.redacted(error), "failures": failures}
+            row["fingerprint"] = delivery_letter(reading.row, cause(error), None)["fingerprint"]
+            DeadLetter.record(s, [row])
+    if failures > limit:
+        metrics.deliveries.labels(provider=reading.row["provider"], outcome="dead").inc()
+        raise GivenUp(f"delivery {reading.id} failed {failures} times: {log.described(error)}") from error
+    raise error
+
+
+def give_back(batch: list[Reading], token: UUID) -> None:
+    """The store is away: end the claim now if that is possible, else it runs out."""
+    try:
+        with db.session() as s:
+            Delivery.release(s, [reading.id for reading in batch], token)
+    except Exception as error:
+        if not is_store_trouble(error):
+            raise
+        _log.warning("claim_not_released", deliveries=len(batch), error=log.described(error))
+
+
+class Routes:
+    """Where the changes of a batch belong, and the tenants that its transaction may touch."""
+
+    def __init__(self, s: Session, batch: list[Reading]) -> None:
+        wanted = {_route_key(reading, change) for reading in batch for change in reading.parsed.changes}
+        self._found: dict[tuple[UUID, str, str], list[Route]] = {}
+        if wanted:
+            for route in s.scalars(Route.among(wanted)):
+                self._found.setdefault((route.app_id, route.kind, route.value), []).append(route)
+        self._app_tenants = tenants_of_apps(s, [reading.row for reading in batch])
+        self.tenants = {route.tenant_id for routes in self._found.values() for route in routes}
+        self.tenants.update(self._app_tenants.values())
+
+    def of(self, reading: Reading, change: inbound.Change) -> list[Route]:
+        """The channel of a number, or all channels of an account; empty when it is not this app's."""
+        return self._found.get(_route_key(reading, change), [])
+
+    def quarantine(self, reading: Reading) -> None:
+        """Write the dead letters of what cannot be used: a whole body, single elements, and foreign ids."""
+        row, tenant = reading.row, self._app_tenants.get(reading.row["app_id"])
+        reading.letters = [delivery_letter(row, r.reason, tenant, r.path) for r in reading.parsed.rejects]
+        reading.tenants = set()
+        if reading.rejected:
+            reading.letters.append(delivery_letter(row, reading.rejected, tenant))
+        for change in reading.parsed.changes:
+            routes = self.of(reading, change)
+            reading.tenants.update(route.tenant_id for route in routes)
+            if not routes:
+                reading.letters.append(delivery_letter(row, FOREIGN, tenant, change.path))
+
+
+FOREIGN = "foreign_id: no channel of this app has this number or account"
+
+
+def _route_key(reading: Reading, change: inbound.Change) -> tuple[UUID, str, str]:
+    if change.number is not None:
+        return reading.row["app_id"], "number", change.number
+    return reading.row["app_id"], "waba", change.waba or ""
+
+
+def tenants_of_apps(s: Session, rows: list[RowMapping]) -> dict[UUID, UUID]:
+    """The tenant of each app that has one; a shared app's letters are the operators'."""
+    apps = {row["app_id"] for row in rows if row["app_id"]}
+    found = s.execute(select(App.id, App.tenant_id).where(App.id.in_(apps), App.tenant_id.is_not(None)))
+    return {id_: tenant_id for id_, tenant_id in found if tenant_id}
+
+
+def delivery_letter(row: RowMapping, reason: str, tenant: UUID | None, path: str | None = None) -> dict[str, Any]:
+    key = f"delivery:{row['id']}" + (f":{path}" if path else "")
+    return letter(
+        key=key,
+        actor="incoming_message",
+        args=[[str(row["id"])]],
+        delivery_id=row["id"],
+        path=path,
+        tenant_id=tenant,
+        error=reason,
+        failures=row["failures"],
+    )
+
+
+def report(batch: list[Reading], bad: list[Reading], seconds: float) -> None:
+    """Count and log what a committed batch came to."""
+    now = datetime.now(UTC)
+    for reading in batch:
+        if reading in bad:
+            continue
+        provider, (state, reason) = reading.row["provider"], reading.verdict()
+        metrics.deliveries.labels(provider=provider, outcome=state).inc()
+        lag = (now - reading.row["received_at"]).total_seconds()
+        metrics.delivery_lag.labels(provider=provider).observe(max(0.0, lag))
+        for row in reading.letters:
+            kind = "foreign_id" if row["error"] is FOREIGN else "element" if row["path"] else "body"
+            metrics.quarantined.labels(provider=provider, kind=kind).inc()
+            if kind == "foreign_id":
+                metrics.security_events.labels(kind="foreign_id").inc()
+        for message in reading.stored:
+            outcome = "stored" if message.is_new else "duplicate"
+            metrics.messages.labels(direction=message.direction, provider=provider, outcome=outcome).inc()
+            if message.is_new:
+                _log.info(
+                    "message_received",
+                    message_id=str(message.id),
+                    direction=message.direction,
+                    tenant_id=str(message.tenant_id),
+                    channel_id=str(message.channel_id),
+                    delivery_id=str(reading.id),
+                )
+        _log.info(
+            "webhook_processed",
+            delivery_id=str(reading.id),
+            request_id=reading.row["request_id"],
+            state=state,
+            reason=reason,
+            messages=len(reading.stored),
+            tenants=[str(tenant) for tenant in sorted(reading.tenants)],
+            batch=len(batch),
+            seconds=round(seconds, 4),
+        )
