@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Index, RowMapping, and_, func, or_, select, text
+from sqlalchemy import Index, RowMapping, TextClause, func, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base
@@ -38,7 +38,10 @@ class LostClaim(Temporary):
 class Delivery(Base):
     __tablename__ = "delivery"
     __table_args__ = (
-        Index("ix_delivery_pending", "next_attempt_at", postgresql_where=text("state = 'pending'")),
+        # For taking sources in turn: each source's oldest, however many rows another has (`_IN_TURN`).
+        Index(
+            "ix_delivery_source", text("coalesce(app_id, channel_id)"), "id", postgresql_where=text("state = 'pending'")
+        ),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -104,28 +107,23 @@ class Delivery(Base):
             {"ids": sorted(ids), "token": token},
         )
 
-    @classmethod
-    def waiting(cls) -> ColumnElement[bool]:
-        """Pending, due, and in nobody's hands."""
-        return and_(
-            cls.state == DeliveryState.PENDING,
-            cls.next_attempt_at <= func.now(),
-            or_(cls.claimed_until.is_(None), cls.claimed_until < func.now()),
-        )
-
-    @classmethod
-    def to_ring(cls, s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, bool]]:
+    @staticmethod
+    def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, bool]]:
         """Waiting rows whose bell should ring (again), and whether each is a suspect; sources take turns.
 
         `at_once` forgets when each was rung last: Redis lost its queues.
         """
-        oldest = select(cls.id, cls.app_id, cls.channel_id, cls.claim_token).where(cls.waiting())
-        if not at_once:
-            oldest = oldest.where(cls.next_ring_at <= func.now())
-        old = oldest.order_by(cls.next_attempt_at).limit(limit * 10).subquery()
-        turn = func.row_number().over(partition_by=func.coalesce(old.c.app_id, old.c.channel_id), order_by=old.c.id)
-        fair = select(old.c.id, old.c.claim_token.is_not(None)).order_by(turn, old.c.id).limit(limit)
-        return [(row[0], row[1]) for row in s.execute(fair)]
+        found = s.execute(_TO_RING_AT_ONCE if at_once else _TO_RING, {"most": limit})
+        return [(row.id, row.is_suspect) for row in found]
+
+    @staticmethod
+    def in_turn(s: Session, limit: int) -> list[UUID]:
+        """Waiting rows without an open claim, one of each source in turn, oldest first.
+
+        One transaction picks at a time, until it has claimed: two would pick the same rows.
+        """
+        s.execute(text("SELECT pg_advisory_xact_lock(hashtext('delivery in turn'))"))
+        return list(s.execute(_UNCLAIMED, {"most": limit}).scalars())
 
     @staticmethod
     def rung(s: Session, ids: list[UUID]) -> None:
@@ -164,6 +162,37 @@ _CLAIM_SUSPECT = text(f"""
     WHERE id = ANY(:ids) AND state = 'pending' AND claim_token IS NOT NULL AND claimed_until < now()
     RETURNING {_RETURNED}
 """)
+
+
+def _in_turn(condition: str) -> TextClause:
+    # The sources by a loose scan of `ix_delivery_source`, then each one's oldest rows: the cost follows the number of
+    # sources and of rows taken, and not the length of anybody's queue.
+    return text(f"""
+        WITH RECURSIVE source (id) AS (
+            (SELECT coalesce(app_id, channel_id) FROM delivery WHERE state = 'pending'
+                ORDER BY coalesce(app_id, channel_id) LIMIT 1)
+            UNION ALL
+            SELECT (
+                SELECT coalesce(app_id, channel_id) FROM delivery
+                WHERE state = 'pending' AND coalesce(app_id, channel_id) > source.id
+                ORDER BY coalesce(app_id, channel_id) LIMIT 1
+            ) FROM source WHERE source.id IS NOT NULL
+        )
+        SELECT waiting.id, waiting.is_suspect FROM source CROSS JOIN LATERAL (
+            SELECT id, is_suspect, row_number() OVER (ORDER BY id) AS turn FROM (
+                SELECT id, claim_token IS NOT NULL AS is_suspect FROM delivery
+                WHERE state = 'pending' AND coalesce(app_id, channel_id) = source.id
+                    AND next_attempt_at <= now() AND {condition}
+                ORDER BY id LIMIT :most
+            ) AS oldest
+        ) AS waiting
+        ORDER BY waiting.turn, waiting.id LIMIT :most
+    """)
+
+
+_UNCLAIMED = _in_turn("claim_token IS NULL")
+_TO_RING_AT_ONCE = _in_turn("(claimed_until IS NULL OR claimed_until < now())")
+_TO_RING = _in_turn("(claimed_until IS NULL OR claimed_until < now()) AND next_ring_at <= now()")
 
 _FINISH = text("""
     UPDATE delivery SET state = :state, reason = :reason, finished_at = now(),

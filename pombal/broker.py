@@ -207,6 +207,18 @@ class HardenedBroker(RedisBroker):
             _log.debug("bell_not_heard")  # the message is queued; a consumer looks by itself every second
         return queued
 
+    def forget_dead(self, queue: str, is_meant: Callable[[dict[str, Any]], bool]) -> None:
+        """Take messages out of `<queue>.XQ`, once an operator has retried or dropped their dead letters."""
+        dead, bodies = f"{self.namespace}:{queue}.XQ", f"{self.namespace}:{queue}.XQ.msgs"
+        for id_, body in self.client.hscan_iter(bodies, count=500):
+            try:
+                message = msgspec.json.decode(body, type=dict[str, Any])
+            except msgspec.DecodeError:
+                continue
+            if is_meant(message):
+                with self.client.pipeline() as both:
+                    both.zrem(dead, id_).hdel(bodies, id_).execute()
+
 
 def redis_client(url: str | None = None) -> redis.Redis:
     """A client for the queue. No retries inside: redis-py would repeat an enqueue whose reply was lost (row 11)."""

@@ -159,6 +159,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[list[UUID] | None] = queue.SimpleQueue()
+        self._stopping = False  # the thread's own: it has taken the None that `stop` puts
         self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
         self._thread.start()
 
@@ -171,23 +172,21 @@ class Bell:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping:
             ids = self._queue.get()
             if ids is None:
                 return
-            stopping = False
-            while not stopping and len(ids) < BATCH:
+            while len(ids) < BATCH and not self._stopping:
                 try:
                     more = self._queue.get_nowait()
                 except queue.Empty:
                     break
-                stopping = more is None
+                self._stopping = more is None
                 ids = ids + (more or [])
             for start in range(0, len(ids), BATCH):
                 self._send(ids[start : start + BATCH])
-            if stopping:
-                return
-            time.sleep(_BELL_PAUSE)
+            if not self._stopping:
+                time.sleep(_BELL_PAUSE)
 
     def _send(self, ids: list[UUID]) -> None:
         try:
@@ -196,3 +195,13 @@ class Bell:
         except redis.RedisError as error:
             metrics.bells.labels(outcome="lost").inc()
             _log.warning("bell_lost", deliveries=len(ids), error=log.described(error))
+            self._forget()
+
+    def _forget(self) -> None:
+        """Redis is away, and each try takes seconds: what came meanwhile is left to the sweep, and not to memory."""
+        while not self._stopping:
+            try:
+                ids = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            self._stopping = ids is None

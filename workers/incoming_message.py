@@ -12,7 +12,7 @@ out under savepoints; those go on as jobs of their own, through retries to the d
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
@@ -25,6 +25,7 @@ from models.delivery import FATAL_CRASHES, LostClaim
 from pombal import db, log, metrics
 from pombal.broker import actor, cron
 from pombal.errors import Permanent, Rejected
+from pombal.ids import born
 from pombal.middleware import GivenUp, cause, is_store_trouble
 from providers import inbound, meta
 from workers._effects import Stored, apply_items
@@ -33,6 +34,7 @@ _log = log.get()
 
 BATCH = 200  # deliveries in one job
 _RERUNS = 5
+_LATE = timedelta(seconds=2)
 
 # A suspect may take this process down: nobody else's solitary claim must be alive in it then, or it would be blamed.
 _one_suspect = threading.Lock()
@@ -40,10 +42,16 @@ _one_suspect = threading.Lock()
 
 @actor(queue="incoming_message", max_retries=3, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
 def incoming_message(ids: list[str]) -> None:
-    """Process the deliveries with these ids; those that are done, or in other hands, are left alone."""
+    """Process the deliveries with these ids; those that are done, or in other hands, are left alone.
+
+    A job that comes late means a backlog: then it takes as many rows, but of all sources in turn, so that one's flood
+    does not hold up the rest (decision 5). Whose rows it took has a job in the queue too, which does the same.
+    """
     wanted = [UUID(id_) for id_ in ids]
     token = uuid4()
     with db.session() as s:
+        if len(wanted) > 1 and datetime.now(UTC) - born(min(wanted)) > _LATE:
+            wanted = Delivery.in_turn(s, BATCH) or wanted
         claimed = Delivery.claim(s, wanted, token)
     if claimed:
         process(claimed, token)

@@ -123,9 +123,9 @@ def upgrade() -> None:
         postgresql_partition_by="RANGE (id)",
     )
     op.create_index(
-        "ix_delivery_pending",
+        "ix_delivery_source",
         "delivery",
-        ["next_attempt_at"],
+        [sa.literal_column("coalesce(app_id, channel_id)"), "id"],
         unique=False,
         postgresql_where=sa.text("state = 'pending'"),
     )
@@ -462,7 +462,7 @@ def downgrade() -> None:
     op.drop_table("tenant")
     op.drop_table("lease")
     op.drop_table("event")
-    op.drop_index("ix_delivery_pending", table_name="delivery", postgresql_where=sa.text("state = 'pending'"))
+    op.drop_index("ix_delivery_source", table_name="delivery", postgresql_where=sa.text("state = 'pending'"))
     op.drop_table("delivery")
     op.drop_index("ix_dead_letter_open", table_name="dead_letter", postgresql_where=sa.text("state = 'open'"))
     op.drop_index("ix_dead_letter_delivery_id", table_name="dead_letter")

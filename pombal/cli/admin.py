@@ -17,7 +17,7 @@ from pombal import db
 from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
 from pombal.ids import uuid7
-from pombal.settings import require_secrets
+from pombal.settings import require_secrets, settings
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -157,6 +157,8 @@ def _app_for(s: Session, tenant: Tenant, config: MetaConfig) -> App:
         kept = app.secrets()
         secrets = [one for one in (config.app_secret, config.old_app_secret) if one] or kept["app_secrets"]
         app.seal(app_secrets=secrets, verify_token=config.verify_token or kept["verify_token"])
+    if not app.secrets()["app_secrets"] and not (app.slug == DEFAULT_SLUG and settings().whatsapp_app_secret):
+        raise Refused("app_secret is needed: without one every webhook would be refused")
     s.flush()
     return app
 

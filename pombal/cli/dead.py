@@ -5,12 +5,14 @@ from argparse import Namespace
 from typing import Any
 from uuid import UUID
 
+import redis
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from models import DeadLetter, Delivery
 from models.dead_letter import LetterState
 from pombal import db
+from pombal.broker import HardenedBroker
 from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
 
@@ -97,6 +99,7 @@ def retry(given: Namespace) -> int:
         db.see_all(s)
         _close(s, letters, LetterState.RETRIED)
         Delivery.retry(s, deliveries)
+    _forget_in_redis(letters)
     # The sweep rings for the rows within seconds; jobs without a row have only this bell.
     for row in letters:
         if row.delivery_id is None:
@@ -110,8 +113,28 @@ def drop(given: Namespace) -> int:
     with db.session() as s:
         db.see_all(s)
         _close(s, letters, LetterState.DROPPED)
+    _forget_in_redis(letters)
     say(f"{len(letters)} dropped")
     return 0
+
+
+def _forget_in_redis(letters: list[DeadLetter]) -> None:
+    """Dramatiq keeps its own copy for a week; it must not look as if it still waited for somebody."""
+    from workers import broker  # imports the fleet
+
+    jobs = {row.key.removeprefix("job:") for row in letters}
+    rows = {str(row.delivery_id) for row in letters if row.delivery_id}
+
+    def is_meant(message: dict[str, Any]) -> bool:
+        ids = message["args"][0] if message.get("args") and isinstance(message["args"][0], list) else []
+        return message.get("message_id") in jobs or (len(ids) == 1 and ids[0] in rows)
+
+    try:
+        for queue in sorted({row.queue for row in letters}):
+            if isinstance(broker, HardenedBroker):
+                broker.forget_dead(queue, is_meant)
+    except redis.RedisError:
+        say("Redis is away: its own copies stay in the dead-letter queue until they expire")
 
 
 def _close(s: Session, letters: list[DeadLetter], state: LetterState) -> None:
