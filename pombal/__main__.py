@@ -48,9 +48,9 @@ class BootstrapError(Exception):
 
 
 def switched_on() -> bool:
-    """Whether there is a checkout to prepare and nobody said not to: a host's processes run in the host's environment."""
-    is_a_host = sys.argv[1:2] and sys.argv[1] in ("web", "worker", "clock", "migrate")
-    return os.environ.get("POMBAL_NO_BOOTSTRAP") != "1" and (ROOT / "uv.lock").is_file() and not is_a_host
+    """Whether there is a checkout to prepare and nobody said not to. Procfile processes use their host's libraries."""
+    from_procfile = sys.argv[1:2] and sys.argv[1] in ("web", "worker", "clock", "migrate")
+    return os.environ.get("POMBAL_NO_BOOTSTRAP") != "1" and (ROOT / "uv.lock").is_file() and not from_procfile
 
 
 def inside() -> bool:

@@ -217,7 +217,9 @@ class HardenedBroker(RedisBroker):
                 continue
             if is_meant(message):
                 with self.client.pipeline() as both:
-                    both.zrem(dead, id_).hdel(bodies, id_).execute()
+                    both.zrem(dead, id_)
+                    both.hdel(bodies, id_)
+                    both.execute()
 
 
 def redis_client(url: str | None = None) -> redis.Redis:
