@@ -96,12 +96,12 @@ def _unreadable_secrets() -> Iterator[Finding]:
 
 
 def _redis() -> Iterator[Finding]:
-    from pombal.broker import redis_client
-
     try:
         if settings().require_redis() == "memory://":
             yield Finding("warning", "REDIS_URL is memory://: jobs stay in this process")
             return
+        from pombal.broker import redis_client  # needs the address when it is imported
+
         client = redis_client()
         version = str(client.info("server").get("redis_version", "?"))
         number = version.split(".")[0]
