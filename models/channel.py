@@ -4,7 +4,21 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ForeignKey, ForeignKeyConstraint, Index, Select, UniqueConstraint, select, text, tuple_
+from sqlalchemy import (
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Select,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    and_,
+    cast,
+    func,
+    select,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, Dated, Tenanted, id_column
@@ -62,5 +76,9 @@ class Route(Base):
 
     @classmethod
     def among(cls, wanted: set[tuple[UUID, str, str]]) -> Select["Route"]:
-        """The routes for `(app, kind, value)` triples."""
-        return select(cls).where(tuple_(cls.app_id, cls.kind, cls.value).in_(sorted(wanted)))
+        """The routes for `(app, kind, value)` triples. In arrays: a body may name more than a statement takes values."""
+        apps, kinds, values = (list(column) for column in zip(*sorted(wanted), strict=True))
+        given = func.unnest(cast(apps, ARRAY(Uuid)), cast(kinds, ARRAY(Text)), cast(values, ARRAY(Text)))
+        key = given.table_valued("app_id", "kind", "value").render_derived()
+        same = and_(cls.app_id == key.c.app_id, cls.kind == key.c.kind, cls.value == key.c.value)
+        return select(cls).join(key, same)

@@ -33,7 +33,8 @@ class ContactIdentity(Tenanted, Dated, Base):
         belongs_to("channel", "channel_id", ondelete="CASCADE"),
         # Checked at commit: the identity is taken first, its contact is inserted only by who took it.
         belongs_to("contact", "contact_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
-        Index("ix_contact_identity_contact_id", "tenant_id", "contact_id"),
+        # Not led by the tenant: the planner, as long as it has no statistics, would use that for `_FIND` as well.
+        Index("ix_contact_identity_contact_id", "contact_id", "tenant_id"),
     )
 
     channel_id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -94,16 +95,19 @@ class Meeting:
             self._contact_of[(row.tenant_id, row.channel_id, row.kind, row.value)] = row.contact_id
             names[(row.tenant_id, row.contact_id)] = (row.name, row.named_at)
         wanted: dict[_Key, UUID] = {}
+        telling: set[_Key] = set()  # who has one of these has met somebody whom we take for new
         for tenant_id, channel_id, strong, weak, _, _ in self._people:
             mine = [(tenant_id, channel_id, *i) for i in strong]
             contact_id = next((self._contact_of[k] for k in mine if k in self._contact_of), None) or uuid7()
             for key in (*mine, *((tenant_id, channel_id, *i) for i in weak)):
                 if key not in self._contact_of:
                     self._contact_of[key] = wanted[key] = contact_id
-        self._take(s, wanted)
+                    if key in mine and (tenant_id, contact_id) not in names:
+                        telling.add(key)
+        self._take(s, wanted, telling)
         self._name(s, names)
 
-    def _take(self, s: Session, wanted: dict[_Key, UUID]) -> None:
+    def _take(self, s: Session, wanted: dict[_Key, UUID], telling: set[_Key]) -> None:
         if not wanted:
             return
         given = _key_columns(sorted(wanted)) | {"contact_id": [wanted[key] for key in sorted(wanted)]}
@@ -111,8 +115,9 @@ class Meeting:
         for row in s.execute(_TAKE, given):
             key = (row.tenant_id, row.channel_id, row.kind, row.value)
             if row.contact_id != wanted[key]:  # another batch met this person a moment earlier
-                moved[wanted[key]] = row.contact_id
                 self._contact_of[key] = row.contact_id
+                if key in telling:
+                    moved[wanted[key]] = row.contact_id
         for ours, theirs in moved.items():
             lost = [key for key, contact_id in self._contact_of.items() if contact_id == ours]
             self._contact_of.update(dict.fromkeys(lost, theirs))
@@ -129,7 +134,9 @@ class Meeting:
         given = []
         for (tenant_id, contact_id), (at, name) in sorted(latest.items()):
             old_name, old_at = known.get((tenant_id, contact_id), (None, None))
-            is_news = name is not None and name != old_name and (old_at is None or old_at < at)
+            is_news = (
+                name is not None and name != old_name and (old_at is None or (old_at, old_name or "") < (at, name))
+            )
             if is_news or (tenant_id, contact_id) not in known:
                 named_at = at if name is not None else None
                 given.append({"tenant_id": tenant_id, "id": contact_id, "name": name, "named_at": named_at})
@@ -144,11 +151,20 @@ def _key_columns(keys: list[_Key]) -> dict[str, list[Any]]:
 
 _GIVEN_KEYS = rows(tenant_id="uuid", channel_id="uuid", kind="text", value="text")
 
+# Key by key, whatever the statistics say: the tables are empty when this is planned first, and a join would be planned
+# to read all identities of the batch's tenants. OFFSET 0 keeps the planner from making a join of it after all.
 _FIND = text(f"""
     SELECT i.tenant_id, i.channel_id, i.kind, i.value, i.contact_id, c.name, c.named_at
     FROM {_GIVEN_KEYS}
-    JOIN contact_identity AS i USING (tenant_id, channel_id, kind, value)
-    JOIN contact AS c ON (c.tenant_id, c.id) = (i.tenant_id, i.contact_id)
+    CROSS JOIN LATERAL (
+        SELECT * FROM contact_identity AS i
+        WHERE (i.tenant_id, i.channel_id, i.kind, i.value)
+            = (given.tenant_id, given.channel_id, given.kind, given.value)
+        OFFSET 0
+    ) AS i
+    CROSS JOIN LATERAL (
+        SELECT name, named_at FROM contact AS c WHERE (c.tenant_id, c.id) = (i.tenant_id, i.contact_id) OFFSET 0
+    ) AS c
 """)
 
 # Always returns the contact that has the identity: ours if it was free, else the one that was faster.

@@ -66,9 +66,12 @@ class Delivery(Base):
     finished_at: Mapped[datetime | None]
 
     @staticmethod
-    def claim(s: Session, ids: list[UUID], token: UUID) -> list[RowMapping]:
-        """Take those of `ids` that wait and have no open claim; returns what the work needs of each, by id."""
-        return _claim(s, _CLAIM_CLEAN, ids=ids, token=token, alone=len(ids) == 1)
+    def claim(s: Session, ids: list[UUID], token: UUID, *, most_bytes: int) -> list[RowMapping]:
+        """Take those of `ids` that wait and have no open claim, oldest first, until they hold `most_bytes` or more.
+
+        Returns what the work needs of each, by id.
+        """
+        return _claim(s, _CLAIM_CLEAN, ids=ids, token=token, alone=len(ids) == 1, most_bytes=most_bytes)
 
     @staticmethod
     def claim_suspect(s: Session, id_: UUID, token: UUID) -> RowMapping | None:
@@ -152,7 +155,12 @@ _RETURNED = "id, provider, app_id, channel_id, request_id, raw, received_at, att
 _CLAIM_CLEAN = text(f"""
     UPDATE delivery SET attempts = attempts + 1, claim_token = :token, claimed_alone = :alone,
         claimed_until = now() + :length
-    WHERE id = ANY(:ids) AND state = 'pending' AND next_attempt_at <= now() AND claim_token IS NULL
+    WHERE id = ANY(ARRAY(
+        SELECT id FROM (
+            SELECT id, sum(octet_length(raw)) OVER (ORDER BY id) - octet_length(raw) AS bytes_before FROM delivery
+            WHERE id = ANY(:ids) AND state = 'pending' AND next_attempt_at <= now() AND claim_token IS NULL
+        ) AS waiting WHERE bytes_before < :most_bytes
+    )) AND state = 'pending' AND claim_token IS NULL
     RETURNING {_RETURNED}
 """)
 
@@ -212,9 +220,9 @@ _FAILED = text("""
 """)
 
 
-def _claim(s: Session, statement: Any, *, ids: list[UUID], token: UUID, alone: bool) -> list[RowMapping]:
+def _claim(s: Session, statement: Any, *, ids: list[UUID], token: UUID, alone: bool, **more: int) -> list[RowMapping]:
     # A claim may be forgotten in a crash of the database itself: then it is simply made again.
     s.execute(text("SET LOCAL synchronous_commit = off"))
     length = _CLAIM_ALONE if alone else _CLAIM
-    rows = s.execute(statement, {"ids": sorted(ids), "token": token, "alone": alone, "length": length})
+    rows = s.execute(statement, {"ids": sorted(ids), "token": token, "alone": alone, "length": length, **more})
     return sorted(rows.mappings(), key=lambda row: row["id"])

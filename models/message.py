@@ -186,7 +186,8 @@ _FOLD = text(f"""
         callback_data = coalesce(m.callback_data, excluded.callback_data)
 """)
 
-# In a group each member is reported on; one member's failure does not make the message a failed one.
+# In a group each member is reported on; one member's failure does not make the message a failed one, not even while
+# nobody else has been reported on: the order of reports must not matter.
 _CATCH_UP = text(f"""
     UPDATE message AS m SET
         status = CASE WHEN said.rank > {_RANK} THEN said.status ELSE m.status END,
@@ -197,22 +198,24 @@ _CATCH_UP = text(f"""
         error_code = coalesce(said.error_code, m.error_code),
         error = coalesce(said.error, m.error)
     FROM (
-        SELECT r.tenant_id, r.channel_id, r.provider_id,
-            coalesce(max(rank) FILTER (WHERE participant = '' OR failed_at IS NULL), max(rank)) AS rank,
+        SELECT given.*, said.* FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+        CROSS JOIN LATERAL (SELECT
+            coalesce(max(rank) FILTER (WHERE participant = '' OR failed_at IS NULL), 0) AS rank,
             (array_agg(status ORDER BY (participant = '' OR failed_at IS NULL) DESC, rank DESC))[1] AS status,
             min(sent_at) AS sent_at, min(delivered_at) AS delivered_at, min(read_at) AS read_at,
             min(failed_at) FILTER (WHERE participant = '') AS failed_at,
             min(error_code) FILTER (WHERE participant = '') AS error_code,
             min(error) FILTER (WHERE participant = '') AS error
-        FROM message_status AS r
-        JOIN {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")} USING (tenant_id, channel_id, provider_id)
-        GROUP BY r.tenant_id, r.channel_id, r.provider_id
+            FROM message_status AS r
+            WHERE (r.tenant_id, r.channel_id, r.provider_id) = (given.tenant_id, given.channel_id, given.provider_id)
+        ) AS said
     ) AS said
     WHERE (m.tenant_id, m.channel_id, m.provider_id) = (said.tenant_id, said.channel_id, said.provider_id)
         AND m.direction = 'out'
         AND (said.rank > {_RANK}
             OR least(m.sent_at, said.sent_at) IS DISTINCT FROM m.sent_at
             OR least(m.delivered_at, said.delivered_at) IS DISTINCT FROM m.delivered_at
-            OR least(m.read_at, said.read_at) IS DISTINCT FROM m.read_at)
+            OR least(m.read_at, said.read_at) IS DISTINCT FROM m.read_at
+            OR least(m.failed_at, said.failed_at) IS DISTINCT FROM m.failed_at)
     RETURNING m.tenant_id, m.id, m.channel_id, m.status
 """)

@@ -30,6 +30,7 @@ from pombal.middleware import (
     LogContext,
     SigtermOnce,
     Watchdog,
+    is_redis_trouble,
     record_junk,
 )
 from pombal.settings import settings
@@ -89,7 +90,7 @@ class Wake:
                     while True:
                         message = pubsub.get_message(timeout=5)
                         if message:
-                            event = self._events.get(message["data"].decode())
+                            event = self._events.get(message["data"].decode(errors="replace"))
                             if event:
                                 event.set()
             except redis.RedisError:
@@ -107,7 +108,9 @@ class HardenedConsumer(_RedisConsumer):
             if not self.message_cache:
                 self._fetch()
             if self.message_cache:
-                return self._decoded(self.message_cache.pop(0))
+                message = self._decoded(self.message_cache[0])
+                self.message_cache.pop(0)  # only now: junk that could not be buried is tried again
+                return message
         except (ConnectionClosed, redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
             # Raising would make Dramatiq throw its in-memory delay queue away, for good (row 8).
             _log.warning("queue_unreachable", queue=self.queue_name, error=type(error).__name__)
@@ -139,11 +142,13 @@ class HardenedConsumer(_RedisConsumer):
         return dramatiq.MessageProxy(message)
 
     def _is_ours(self, message: dramatiq.Message[Any]) -> bool:
-        # A foreign queue name would kill the worker thread that looks its consumer up.
+        # A foreign queue name would kill the worker thread that looks its consumer up, and `throws` the one that fails.
         return (
             message.queue_name == self.queue_name
             and isinstance(message.options, dict)
             and isinstance(message.options.get("redis_message_id"), str)
+            and isinstance(message.options.get("retries", 0), int)
+            and "throws" not in message.options
             and isinstance(message.kwargs, dict)
             and isinstance(message.actor_name, str)
             and isinstance(message.message_id, str)
@@ -152,13 +157,13 @@ class HardenedConsumer(_RedisConsumer):
 
     def _bury(self, data: bytes) -> None:
         """Move one undecodable message to the dead letters; stock Dramatiq stops on it and its neighbours (row 15)."""
-        metrics.junk.labels(queue=self.queue_name.removesuffix(".DQ")).inc()
-        _log.error("job_dead", queue=self.queue_name, error="not a message of this fleet")
         ns, client = self.broker.namespace, self.broker.client
         fetched: Any = client.smembers(f"{ns}:__acks__.{self.broker.broker_id}.{self.queue_name}")
         for id_ in fetched:
             if client.hget(f"{ns}:{self.queue_name}.msgs", id_) == data:
                 self.broker.do_nack(self.queue_name, id_)
+        metrics.junk.labels(queue=self.queue_name.removesuffix(".DQ")).inc()
+        _log.error("job_dead", queue=self.queue_name, error="not a message of this fleet")
         record_junk(self.queue_name.removesuffix(".DQ"), data)
 
     def ack(self, message: Any) -> None:
@@ -167,12 +172,17 @@ class HardenedConsumer(_RedisConsumer):
     def nack(self, message: Any) -> None:
         self._answered(super().nack, message)
 
+    def requeue(self, messages: Any) -> None:
+        self._answered(super().requeue, messages)
+
     @staticmethod
-    def _answered(answer: Callable[[Any], None], message: Any) -> None:
+    def _answered(answer: Callable[[Any], None], given: Any) -> None:
         try:
-            answer(message)
-        except (redis.TimeoutError, redis.OutOfMemoryError) as error:
-            # The worker tries such an answer again (rows 12, 13).
+            answer(given)
+        except redis.RedisError as error:
+            if not is_redis_trouble(error):
+                raise
+            # The worker tries such an answer again (rows 12, 13). What a stopping one cannot requeue, the reaper does.
             raise ConnectionClosed(error) from None  # type: ignore[no-untyped-call] # Dramatiq's
 
 
@@ -195,9 +205,10 @@ class HardenedBroker(RedisBroker):
             try:
                 queued = super().enqueue(message, delay=delay)
                 break
-            except (redis.ConnectionError, redis.TimeoutError):
+            except redis.RedisError as error:
                 thread = threading.current_thread()
-                if not isinstance(thread, ConsumerThread | WorkerThread) or not thread.running:
+                is_worker = isinstance(thread, ConsumerThread | WorkerThread) and thread.running
+                if not is_worker or not is_redis_trouble(error):
                     raise
                 _log.warning("queue_unreachable", queue=message.queue_name)
                 time.sleep(1)

@@ -65,7 +65,7 @@ class Server(ABC):
         self.password = secrets.token_hex(16) if port else ""
         self.identity = AS_OURSELVES
         self.data.mkdir(parents=True, exist_ok=True)
-        self._lock = _Lock(self.data / f"{self.kind}.lock")
+        self._lock = Lock(self.data / f"{self.kind}.lock")
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets: Path | None = None
 
@@ -153,7 +153,7 @@ class Server(ABC):
         if self.alive():
             self.stop()
         if self._lock.closed:
-            self._lock = _Lock(self.data / f"{self.kind}.lock")
+            self._lock = Lock(self.data / f"{self.kind}.lock")
         self._start()
 
     def _start(self) -> None:
@@ -558,7 +558,7 @@ def _require_reachable(data: Path) -> None:
 # ------------------------------------------------------------------------------------------------ locks and leftovers
 
 
-class _Lock:
+class Lock:
     """A file that one living process has locked; the kernel lets go when it dies. Raises `Misconfigured` when taken."""
 
     def __init__(self, path: Path) -> None:

@@ -18,13 +18,16 @@ from typing import Any
 
 import msgspec
 import redis
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from pombal import log
 from pombal.settings import settings
+
+# `PROMETHEUS_MULTIPROC_DIR` is for our snapshots; the library would put files of its own there, and fail without it.
+values.ValueClass = values.MutexValue
 
 REGISTRY = CollectorRegistry()
 PERIOD = 5.0  # seconds between snapshots

@@ -99,7 +99,7 @@ class FailSafeRetries(Retries):
             return
         try:
             self._decide(broker, message, exception)
-        except Exception:
+        except BaseException:  # a time limit that falls in here too (dramatiq.md §4 row 19)
             message.fail()
             raise
 
@@ -222,7 +222,13 @@ class Watchdog(Middleware):
 
 def is_store_trouble(error: BaseException) -> bool:
     """Postgres or Redis away, slow or full: whatever ran then deserves another try that does not count."""
-    return db.is_store_trouble(error) or isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return db.is_store_trouble(error) or is_redis_trouble(error)
+
+
+def is_redis_trouble(error: BaseException) -> bool:
+    """Away, slow, full, read-only after a failover, or (MISCONF) unable to write to its disk."""
+    trouble = redis.ConnectionError | redis.TimeoutError | redis.OutOfMemoryError | redis.ReadOnlyError
+    return isinstance(error, trouble) or (isinstance(error, redis.ResponseError) and "MISCONF" in str(error))
 
 
 def record(message: MessageProxy | Message[Any], error: BaseException, *, failures: int) -> None:

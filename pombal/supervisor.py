@@ -301,6 +301,10 @@ class Supervisor:
         """One line of the supervisor's own."""
         self._print("pombal", line)
 
+    def show(self, lines: Sequence[str]) -> None:
+        """Lines as they are, together and without a prefix, so that a shell takes what is copied from them."""
+        self._write("".join(f"{line}\n" for line in lines))
+
     # ------------------------------------------------------------------------------------------------ one command
 
     def _keep(self, command: Command, started: threading.Event) -> None:
@@ -403,9 +407,12 @@ class Supervisor:
         prefix = f"{name:<{self._width}} |"
         if self._coloured:
             prefix = f"\x1b[{self._colour.get(name, '1')}m{prefix}\x1b[0m"
+        self._write(f"{prefix} {line}\n")
+
+    def _write(self, text: str) -> None:
         # Whoever read us is gone or full: the children's pipes must be drained all the same, or they stand still.
         with self._out_lock, contextlib.suppress(OSError, ValueError):
-            self._out.write(f"{prefix} {line}\n")
+            self._out.write(text)
             self._out.flush()
 
     def _call(self, callback: Callable[..., object], *facts: object) -> None:

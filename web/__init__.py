@@ -13,8 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pombal import metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
-from web import health, status, webhooks
-from web.errors import HANDLERS
+from web import errors, health, status, webhooks
 from web.inbox import Inbox
 from web.signatures import Apps
 
@@ -36,13 +35,13 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        given = next((value for name, value in scope["headers"] if name == errors.REQUEST_ID), b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid7().hex.encode()
         scope["request_id"] = request_id.decode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", []), (errors.REQUEST_ID, request_id)]
             await send(message)
 
         await self._app(scope, receive, named)
@@ -73,6 +72,8 @@ app = Starlette(
         Route("/metrics", health.fleet_metrics),
     ],
     middleware=[Middleware(RequestId)],
-    exception_handlers=HANDLERS,
+    exception_handlers=errors.HANDLERS,
     lifespan=lifespan,
 )
+# A redirect would be built from the Host header, which anybody may choose; and nobody who posts here follows one.
+app.router.redirect_slashes = False

@@ -3,14 +3,17 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from pombal import db, log
 from pombal.errors import Unreachable
 
 _log = log.get()
+
+REQUEST_ID = b"x-request-id"
 
 _CODES = {
     400: "INVALID_PAYLOAD",
@@ -67,9 +70,23 @@ async def on_error(request: Request, error: Exception) -> Response:
     return answer(request, 500, "INTERNAL_ERROR", "something went wrong here; the request id finds it in the log")
 
 
+async def on_anything(request: Request, error: Exception) -> Response:
+    """As `on_error`, for what Starlette handles outside of all middleware: the header is not added there."""
+    response = await on_error(request, error)
+    response.headers[REQUEST_ID.decode()] = request.scope.get("request_id", "")
+    return response
+
+
+async def on_gone(request: Request, error: Exception) -> Response:
+    """The sender left before its body had come: nobody hears this."""
+    return answer(request, 400, "INVALID_PAYLOAD", "the body did not come to its end")
+
+
 HANDLERS: dict[Any, Any] = {
     Failure: on_failure,
     Unreachable: on_unreachable,
     HTTPException: on_http_exception,
-    Exception: on_error,
+    ClientDisconnect: on_gone,
+    SQLAlchemyError: on_error,
+    Exception: on_anything,
 }

@@ -26,11 +26,13 @@ _log = log.get()
 PATIENCE = 2.5  # seconds a request waits for its commit; 503 must be out within 3 (security-reliability.md W3)
 _FLUSH_BYTES = 1024 * 1024
 _MOST_WAITING = 64 * 1024 * 1024  # bytes in memory; one source may hold half of it (W13)
+_MOST_BELLS = 1_000  # flushes that wait to be rung, each of at most 200 ids
 _BELL_PAUSE = 0.010  # seconds between bells under load: fewer, fuller jobs
 
 _INSERT = """
     INSERT INTO delivery (id, provider, app_id, channel_id, request_id, raw)
     SELECT * FROM unnest(%b::uuid[], %b::text[], %b::uuid[], %b::uuid[], %b::text[], %b::bytea[])
+    ON CONFLICT DO NOTHING
 """
 
 
@@ -104,7 +106,7 @@ class Inbox:
             try:
                 async with asyncio.timeout(2 * PATIENCE):
                     await self._commit(batch)
-            except (psycopg.Error, OSError, TimeoutError) as error:
+            except Exception as error:  # whatever it is: nobody else writes, so this must go on
                 _log.error("webhooks_not_committed", bodies=len(batch), error=log.described(error))
                 await self._hang_up()
                 for body in batch:
@@ -136,6 +138,18 @@ class Inbox:
         return batch
 
     async def _commit(self, batch: list[Body]) -> None:
+        is_new = self._connection is None
+        try:
+            await self._insert(batch)
+        except psycopg.OperationalError:
+            if is_new or (self._connection and not self._connection.closed):
+                raise
+            # It died while nothing was sent on it: a restart, a failover, somebody's idle timeout. If the rows did
+            # get in, they conflict with themselves.
+            await self._hang_up()
+            await self._insert(batch)
+
+    async def _insert(self, batch: list[Body]) -> None:
         if self._connection is None:
             self._connection = await psycopg.AsyncConnection.connect(
                 self._url, autocommit=True, application_name="pombal-inbox", **{**db.CONNECT, "connect_timeout": 2}
@@ -150,12 +164,15 @@ class Inbox:
         if connection:
             try:
                 await connection.close()
-            except psycopg.Error as error:
+            except (psycopg.Error, OSError) as error:
                 _log.debug("connection_not_closed", error=log.described(error))
 
 
 class Bell:
-    """Rings `incoming_message` in a thread of its own, so that no request ever waits for Redis (W2)."""
+    """Rings `incoming_message` in a thread of its own, so that no request ever waits for Redis (W2).
+
+    While Redis hangs only so many wait to be rung; the sweep rings for the rest.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[list[UUID] | None] = queue.SimpleQueue()
@@ -164,6 +181,9 @@ class Bell:
         self._thread.start()
 
     def ring(self, ids: list[UUID]) -> None:
+        if self._queue.qsize() >= _MOST_BELLS:
+            metrics.bells.labels(outcome="lost").inc()
+            return
         self._queue.put(ids)
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ ASGI sees a request only when its headers are complete, so what comes before is 
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,19 +16,26 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from web.limits import Quota
+
 _HEADER_SECONDS = 10.0
 _HEADER_BYTES = 64 * 1024
 _HEADER_FIELDS = 200
 _GRACE = 20  # seconds for requests in flight at SIGTERM; hosts kill after 25 to 30
+_oddities = Quota(per_second=10)
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Closes a connection whose request headers do not come to an end, in time or in size."""
+    """Ends a connection whose next request does not take shape, in time or in size.
+
+    Requests that came before it on the same connection are answered first, and none of them gets its bytes.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
-    _header_bytes = 0  # received while headers are incomplete: one endless line counts too
+    _idle_bytes = 0  # received since the last headers or body byte: an endless line, trailer or chunk size counts
     _field_bytes = 0
-    _in_headers = True
+    _in_body = False
+    _deaf = False  # whatever comes is ignored: what is in flight is answered, then the connection ends
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn declares it
         super().connection_made(transport)
@@ -38,10 +46,14 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            self._header_bytes += len(data)
+        if self._deaf:
+            return
+        if self._deadline is None and self.cycle is not None and self.cycle.response_complete:
+            # It cancels uvicorn's keep-alive timer, even if it is an empty line or a body nobody waits for.
+            self._expect_headers()
+        self._idle_bytes += len(data)
         super().data_received(data)
-        if self._in_headers and self._header_bytes > _HEADER_BYTES:
+        if self._idle_bytes > _HEADER_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
@@ -56,21 +68,36 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._cancel()
-        self._in_headers = False
-        if not self.transport.is_closing():
+        self._idle_bytes = 0
+        if self._understands():
+            self._in_body = True
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if self.cycle is not None:  # None: its headers were refused
+        self._idle_bytes = 0
+        if self._understands():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.cycle is not None:
+        self._idle_bytes = 0
+        if self._understands():
+            self._in_body = False
             super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(b"400 Bad Request")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # The request is answered as if it had not asked. Its parser has given up on the rest, which may be a body.
+        self._deaf = True
+        self.cycle.keep_alive = False
+
+    def _understands(self) -> bool:
+        return not self._deaf and not self.transport.is_closing()
 
     def _expect_headers(self) -> None:
         self._cancel()
-        self._in_headers, self._header_bytes, self._field_bytes = True, 0, 0
+        self._idle_bytes = self._field_bytes = 0
         self._deadline = self.loop.call_later(_HEADER_SECONDS, self._refuse, b"408 Request Timeout")
 
     def _cancel(self) -> None:
@@ -80,9 +107,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: bytes) -> None:
         self._cancel()
-        if not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+        if not self._understands():
+            return
+        self._deaf = True
+        if self.cycle is not None and not self.cycle.response_complete and not self._in_body:
+            self.cycle.keep_alive = False  # an earlier request in this row: its answer comes first, and ends it
+            return
+        self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -93,15 +125,22 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {sig: signal.signal(sig, self._stop) for sig in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
         try:
             yield
         finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
+            # Ignored from here on: the process ends now, and a late signal would make that look like a crash.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.should_exit = True  # a second signal changes nothing (D9)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    # Anybody can cause uvicorn's warnings, by sending what is not HTTP.
+    return record.levelno != logging.WARNING or _oddities.allows()
 
 
 def serve(app: Any, host: str, port: int) -> None:
@@ -121,4 +160,5 @@ def serve(app: Any, host: str, port: int) -> None:
         timeout_graceful_shutdown=_GRACE,
         backlog=2048,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     Server(config).run()

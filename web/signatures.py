@@ -19,7 +19,11 @@ from web.errors import Failure
 
 MiB = 1024 * 1024
 _BODY_SECONDS = 10.0  # for the whole body (security-reliability.md W5)
+_UNPROVEN = 64 * MiB  # of bodies that are being read: anybody may send them, so they may not fill the memory (W13)
+_SMALL = 64 * 1024  # bytes of each body that are read in any case, so that large ones do not keep small ones out
 _KNOWN_FOR = 10.0  # seconds an app's secrets are believed without asking the database
+_ASK_AGAIN = 2.0  # … and more while it is being asked, or has not answered
+_SECONDS_TO_ASK, _SECONDS_TO_REFRESH = 2.5, 0.3  # the second leaves a request its time for the commit (W3)
 _SIGNATURE = re.compile(rb"sha256=([0-9a-f]{64})")
 _NOBODY = secrets.token_bytes(32)  # what an unknown app is checked against, so that it costs the same
 
@@ -43,8 +47,10 @@ class Apps:
         known = self._known.get(slug)
         if known and time.monotonic() - known[0] < _KNOWN_FOR:
             return known[1]
+        if known:  # one request asks, the others go on with what is known
+            self._known[slug] = (time.monotonic() - _KNOWN_FOR + _ASK_AGAIN, known[1])
         try:
-            async with asyncio.timeout(2.5):
+            async with asyncio.timeout(_SECONDS_TO_REFRESH if known else _SECONDS_TO_ASK):
                 found = await asyncio.to_thread(_load, slug)
         except Exception as error:
             if not (isinstance(error, TimeoutError) or db.is_store_trouble(error)):
@@ -54,6 +60,8 @@ class Apps:
             raise Failure(503, "UNAVAILABLE", "the database is away", retry_after=5) from None
         if found.app_id is not None:  # strangers' guesses must not fill the memory
             self._known[slug] = (time.monotonic(), found)
+        else:
+            self._known.pop(slug, None)
         return found
 
 
@@ -84,23 +92,49 @@ def is_token(given: str, kept: bytes) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), kept or _NOBODY)
 
 
+class Room:
+    """Memory that bodies share while they are being read. For one event loop, so without a lock."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, size: int) -> None:
+        if size > self._left:
+            raise Failure(503, "UNAVAILABLE", "too many large bodies at once", retry_after=1, close=True)
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        self._left += size
+
+
+_room = Room(_UNPROVEN)
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """The raw body. 413 at the first byte over `limit`, declared or not; 408 after 10 s; 415 for an encoded one."""
+    """The raw body. 413 at the first byte over `limit`, declared or not; 408 after 10 s; 415 for an encoded one.
+
+    503 for a large one while too many are being read.
+    """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Failure(415, "INVALID_PAYLOAD", "content encodings are not supported", close=True)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise Failure(413, "PAYLOAD_TOO_LARGE", f"at most {limit} bytes", close=True)
-    chunks, size = [], 0
+    chunks, size, taken = [], 0, 0
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limit:
                     raise Failure(413, "PAYLOAD_TOO_LARGE", f"at most {limit} bytes", close=True)
+                if size - _SMALL > taken:
+                    _room.take(size - _SMALL - taken)
+                    taken = size - _SMALL
                 chunks.append(chunk)
     except TimeoutError:
         raise Failure(408, "INVALID_PAYLOAD", "the body took too long", close=True) from None
+    finally:
+        _room.give_back(taken)
     return b"".join(chunks)
 
 

@@ -6,7 +6,7 @@ Any proven body is accepted, of whatever shape: an answer other than 200 would m
 import re
 import time
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from models.app import DEFAULT_SLUG
@@ -55,6 +55,9 @@ async def meta(request: Request) -> Response:
         raise
     except Unreachable:
         outcome = "unavailable"
+        raise
+    except ClientDisconnect:
+        outcome = "gone"
         raise
     finally:
         metrics.webhook_requests.labels(provider="meta", outcome=outcome).inc()

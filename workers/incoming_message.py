@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 from uuid import UUID, uuid4
 
 from sqlalchemy import RowMapping, select, text
@@ -33,7 +33,9 @@ from workers._effects import Stored, apply_items
 _log = log.get()
 
 BATCH = 200  # deliveries in one job
+_BATCH_BYTES = 8 * 1024 * 1024  # … and about so much of them in memory at a time; one alone may have 4 MiB
 _RERUNS = 5
+_MOST_LETTERS = 100  # of one delivery; a body of four million commas must not become as many rows
 _LATE = timedelta(seconds=2)
 
 # A suspect may take this process down: nobody else's solitary claim must be alive in it then, or it would be blamed.
@@ -52,9 +54,12 @@ def incoming_message(ids: list[str]) -> None:
     with db.session() as s:
         if len(wanted) > 1 and datetime.now(UTC) - born(min(wanted)) > _LATE:
             wanted = Delivery.in_turn(s, BATCH) or wanted
-        claimed = Delivery.claim(s, wanted, token)
+        claimed = Delivery.claim(s, wanted, token, most_bytes=_BATCH_BYTES)
     if claimed:
         process(claimed, token)
+        if sum(len(row["raw"]) for row in claimed) >= _BATCH_BYTES and len(claimed) < len(wanted):
+            rest = set(wanted) - {row["id"] for row in claimed}
+            incoming_message.send(sorted(str(id_) for id_ in rest))
     elif len(wanted) == 1:
         with _one_suspect:
             process_suspect(wanted[0], token)
@@ -74,12 +79,14 @@ def ring_waiting(*, at_once: bool = False, limit: int = 10 * BATCH) -> int:
     """Enqueue jobs for deliveries that wait and were not rung lately; returns how many. Suspects get a job each."""
     with db.session() as s:
         waiting = Delivery.to_ring(s, limit, at_once=at_once)
-    clean = [str(id_) for id_, is_suspect in waiting if not is_suspect]
-    jobs = [clean[n : n + BATCH] for n in range(0, len(clean), BATCH)]
-    for job in [*jobs, *([str(id_)] for id_, is_suspect in waiting if is_suspect)]:
-        incoming_message.send(job)
+    for start in range(0, len(waiting), BATCH):
+        chunk = waiting[start : start + BATCH]
+        clean = [str(id_) for id_, is_suspect in chunk if not is_suspect]
+        for job in [clean, *([str(id_)] for id_, is_suspect in chunk if is_suspect)]:
+            if job:
+                incoming_message.send(job)
         with db.session() as s:
-            Delivery.rung(s, [UUID(id_) for id_ in job])
+            Delivery.rung(s, [id_ for id_, _ in chunk])
     metrics.sweeps.labels(queue="incoming_message").inc(len(waiting))
     return len(waiting)
 
@@ -135,6 +142,7 @@ class Reading:
         self.rejected: str | None = None
         self.broken: Exception | None = None
         self.letters: list[dict[str, Any]] = []
+        self.unusable = 0  # parts that were rejected or are foreign; the first of them have letters
         self.tenants: set[UUID] = set()
         self.stored: list[Stored] = []
         try:
@@ -151,7 +159,7 @@ class Reading:
         if self.parsed.ignored:
             return DeliveryState.IGNORED, self.parsed.ignored
         if self.letters:
-            reason = f"{len(self.letters)} rejected, first: {self.letters[0]['error']}"
+            reason = f"{self.unusable} rejected, first: {self.letters[0]['error']}"
             return (DeliveryState.DONE if self.tenants else DeliveryState.DEAD), reason
         return DeliveryState.DONE, None
 
@@ -231,7 +239,7 @@ def apply_isolated(s: Session, batch: list[Reading], routes: "Routes") -> list[R
     return apply_isolated(s, batch[:half], routes) + apply_isolated(s, batch[half:], routes)
 
 
-def fail(reading: Reading, token: UUID, error: Exception) -> None:
+def fail(reading: Reading, token: UUID, error: Exception) -> NoReturn:
     """Count the failure of a row that ran alone, and raise: its own error, or `GivenUp` when it had its tries."""
     limit = incoming_message.options["max_retries"]
     with db.session() as s:
@@ -280,15 +288,17 @@ class Routes:
     def quarantine(self, reading: Reading) -> None:
         """Write the dead letters of what cannot be used: a whole body, single elements, and foreign ids."""
         row, tenant = reading.row, self._app_tenants.get(reading.row["app_id"])
-        reading.letters = [delivery_letter(row, r.reason, tenant, r.path) for r in reading.parsed.rejects]
+        unusable: list[tuple[str, str | None]] = [(reject.reason, reject.path) for reject in reading.parsed.rejects]
         reading.tenants = set()
         if reading.rejected:
-            reading.letters.append(delivery_letter(row, reading.rejected, tenant))
+            unusable.append((reading.rejected, None))
         for change in reading.parsed.changes:
             routes = self.of(reading, change)
             reading.tenants.update(route.tenant_id for route in routes)
             if not routes:
-                reading.letters.append(delivery_letter(row, FOREIGN, tenant, change.path))
+                unusable.append((FOREIGN, change.path))
+        reading.unusable = len(unusable)
+        reading.letters = [delivery_letter(row, reason, tenant, path) for reason, path in unusable[:_MOST_LETTERS]]
 
 
 FOREIGN = "foreign_id: no channel of this app has this number or account"

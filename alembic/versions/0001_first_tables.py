@@ -247,7 +247,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("tenant_id", "channel_id", "kind", "value", name=op.f("pk_contact_identity")),
     )
-    op.create_index("ix_contact_identity_contact_id", "contact_identity", ["tenant_id", "contact_id"], unique=False)
+    op.create_index("ix_contact_identity_contact_id", "contact_identity", ["contact_id", "tenant_id"], unique=False)
     op.create_table(
         "conversation",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),

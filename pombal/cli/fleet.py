@@ -96,5 +96,8 @@ def refuse_powerful_role() -> None:
             raise
         log.get().warning("database_away_at_start", error=log.described(error))
         return
+    finally:
+        # Processes that are forked from here must not inherit an open connection: they would read each other's answers.
+        db.engine().dispose()
     if powerful:
         raise Misconfigured("the role of DATABASE_URL is a superuser or bypasses row-level security: use another")

@@ -7,6 +7,7 @@ clock under a supervisor. `DATA/demo.json` tells scripts all they need; `DATA/en
 import hashlib
 import hmac
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,16 +18,17 @@ import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import msgspec
 
 from pombal.cli import default_data, say
-from pombal.errors import Misconfigured
+from pombal.errors import Misconfigured, PombalError
 from pombal.ids import uuid7
-from pombal.local import Server, ensure_roles_and_database, start_postgres, start_valkey, write_env
+from pombal.local import Lock, Server, ensure_roles_and_database, start_postgres, start_valkey, write_env
 from pombal.secrets import new_fernet_key, new_token
 from pombal.settings import settings
 from pombal.supervisor import Command, Supervisor
@@ -45,12 +47,12 @@ def up(given: Namespace) -> int:
         wanted = tuple(name for name in wanted if name != "sandbox")
     data = Path(given.data or default_data()).resolve()
     _require_free_port(given.port)
-    # A supervisor's stop must run the lines below the `with`, so SIGTERM is turned into the same end as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending = _Ending().installed()
     with ExitStack() as running:
-        if given.reset:
-            shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True, exist_ok=True)
+        running.enter_context(closing(Lock(data / "up.lock")))
+        if given.reset:
+            _wipe(data)
         servers = _start_servers(running, given, data)
         with _step("migrations"):
             from pombal.cli.fleet import upgrade  # needs the addresses in the environment
@@ -64,9 +66,53 @@ def up(given: Namespace) -> int:
         threading.Thread(
             target=_welcome, args=(supervisor, demo, wanted, given.port, began, data), name="welcome", daemon=True
         ).start()
+        ending.supervisor = supervisor
         code = supervisor.run()
         say("pombal: stopping the servers")
     return code
+
+
+class _Ending:
+    """What a stop signal does where the supervisor does not take it: end the start once, never interrupt the ending.
+
+    Hosts signal a whole group, and more than once; the lines after the supervisor's must run all the same.
+    """
+
+    def __init__(self) -> None:
+        self.supervisor: Supervisor | None = None
+        self._begun = False
+
+    def installed(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self)
+        return self
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.supervisor:
+            self.supervisor.stop()  # about to run, or through: then nobody asks any more
+        elif not self._begun:
+            self._begun = True
+            raise KeyboardInterrupt
+
+
+# What `up` makes in its folder, apart from its lock: the folder may hold other things, or be somebody's home.
+_MADE = (
+    *("pg[0-9][0-9]", "pg[0-9][0-9].new", "valkey", "media", "wiped-*"),
+    *("postgres.log", "postgres.sockets", "valkey.log", "valkey.sockets"),
+    *("env", "secret-keys", "demo.json", "sandbox.json", "pids.json"),
+)
+
+
+def _wipe(data: Path) -> None:
+    """Delete what earlier runs made. We hold the lock, so that nobody is using it."""
+    for path in [path for pattern in _MADE for path in data.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            # A server of a killed run may still be ending: it goes on in there, and cannot spoil what is made next.
+            doomed = path.rename(data / f"wiped-{uuid7().hex}")
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _start_servers(running: ExitStack, given: Namespace, data: Path) -> list[Server]:
@@ -101,27 +147,10 @@ def _secret_keys(data: Path) -> str:
 
 def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     """A demo tenant with a channel of each kind, `demo.json` and the sandbox's configuration. Safe to repeat."""
-    from pombal.cli import admin  # needs the addresses in the environment
-
     base_url, sandbox_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{sandbox_port}"
     file = data / "demo.json"
-    if file.exists():
-        demo: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-    else:
-        tenant = admin.add_tenant("demo", "Demo")
-        config = admin.MetaConfig(
-            phone_number_id="880011223344556",
-            waba_id="700100200300400",
-            display_phone_number="5511955550100",
-            app="default",
-            app_secret=new_token(),
-            verify_token=new_token(),
-        )
-        channel, _ = admin.add_meta_channel(tenant, "demo-meta", config)
-        _, api_key = admin.add_key(tenant.id, "demo")
-        shown = {name: getattr(config, name) for name in ("phone_number_id", "waba_id", "app_secret", "verify_token")}
-        kept = {"id": str(channel.id), "kind": "meta", "name": channel.name, **shown}
-        demo = {"tenants": [{"slug": "demo", "api_key": api_key, "channels": [kept], "sip": []}]}
+    demo: dict[str, Any] = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
+    demo = _demo_tenant(demo)
     given = settings()
     demo |= {
         "base_url": base_url,
@@ -150,6 +179,49 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     }
     write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
     return demo
+
+
+def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
+    """What `demo.json` has to say of the demo tenant: what it said, if the database agrees, else what is found or made.
+
+    An earlier start may have been killed between the database and the file, or have used another database.
+    """
+    from sqlalchemy import select
+
+    from models import App, Channel, Tenant
+    from pombal import db
+    from pombal.cli import admin  # needs the addresses in the environment
+
+    with db.session() as s:
+        tenant = s.scalars(Tenant.by_slug("demo")).first()
+    tenant = tenant or admin.add_tenant("demo", "Demo")
+    with db.session([tenant.id]) as s:
+        channel = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == "demo-meta")).first()
+        app = s.get(App, channel.app_id) if channel else None
+    if channel and kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == str(channel.id):
+        return kept
+    if channel is None or app is None:
+        config = admin.MetaConfig(
+            phone_number_id="880011223344556",
+            waba_id="700100200300400",
+            display_phone_number="5511955550100",
+            app="default",
+            app_secret=new_token(),
+            verify_token=new_token(),
+        )
+        channel, app = admin.add_meta_channel(tenant, "demo-meta", config)
+    _, api_key = admin.add_key(tenant.id, "demo")
+    secrets = app.secrets()
+    shown = {
+        "id": str(channel.id),
+        "kind": "meta",
+        "name": channel.name,
+        "phone_number_id": channel.config["phone_number_id"],
+        "waba_id": channel.config["waba_id"],
+        "app_secret": secrets["app_secrets"][0],
+        "verify_token": secrets["verify_token"],
+    }
+    return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": [shown], "sip": []}]}
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -181,7 +253,11 @@ def _kept_alive(servers: list[Server], supervisor: Supervisor) -> Iterator[None]
             for server in servers:
                 if not server.alive() and not stop.is_set():
                     supervisor.say(f"{type(server).__name__} died, starting it again")
-                    server.restart()
+                    try:
+                        server.restart()
+                    except (PombalError, OSError) as error:  # a full disk, say: it may have room in a while
+                        supervisor.say(str(error))
+                        stop.wait(2)
 
     thread = threading.Thread(target=watch, name="servers")
     thread.start()
@@ -205,22 +281,27 @@ def _welcome(
     wamid = f"wamid.DEMO{uuid7().hex}"
     body = _demo_body(channel, wamid)
     signature = hmac.digest(channel["app_secret"].encode(), body.encode(), hashlib.sha256).hex()
+    pombal = "python3 -m pombal"
+    if data != Path(".pombal").resolve():
+        pombal = f"POMBAL_DATA={shlex.quote(str(data))} {pombal}"
     lines = [
-        f"ready after {time.monotonic() - began:.1f} s",
+        "",
         f"  web      http://127.0.0.1:{port}/health  /ready  /metrics",
-        f"  sandbox  {demo['sandbox']['meta']}",
+        *([f"  sandbox  {demo['sandbox']['meta']}"] if "sandbox" in wanted else []),
         f"  API key  {tenant['api_key']}",
         f"  scripts  {data / 'demo.json'}",
+        "",
         "try, in a second terminal in this folder:",
+        "",
         f"  curl -i http://127.0.0.1:{port}/webhooks/whatsapp -H 'Content-Type: application/json' \\",
         f"    -H 'X-Hub-Signature-256: sha256={signature}' \\",
         f"    -d '{body}'",
-        f"  python3 -m pombal trace {wamid}",
+        f"  {pombal} trace {wamid}",
+        *([f'  {pombal} sandbox say --channel demo-meta "Olá"'] if "sandbox" in wanted else []),
+        "",
     ]
-    if "sandbox" in wanted:
-        lines.append('  python3 -m pombal sandbox say --channel demo-meta "Olá"')
-    for line in lines:
-        supervisor.say(line)
+    supervisor.say(f"ready after {time.monotonic() - began:.1f} s")
+    supervisor.show(lines)
 
 
 def _demo_body(channel: dict[str, str], wamid: str) -> str:

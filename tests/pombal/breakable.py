@@ -1,0 +1,137 @@
+"""Servers that tests may break, and a worker process that runs `tests/pombal/jobs.py`."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dramatiq
+import msgspec
+import psycopg
+from psycopg.rows import dict_row
+
+from pombal.broker import HardenedBroker, redis_client
+from pombal.ids import uuid7
+from pombal.local import Postgres, Valkey, ensure_roles_and_database, start_postgres, start_valkey
+from tests.pombal.processes import Running, output, running, until
+
+
+@dataclass
+class Servers:
+    """A migrated PostgreSQL and a Valkey that tests may kill, and how a process finds them."""
+
+    postgres: Postgres
+    valkey: Valkey
+    env: dict[str, str]
+    folder: Path
+
+    def sql(self, statement: str, *values: Any) -> list[dict[str, Any]]:
+        """Run as the superuser: the truth, whatever the policies say."""
+        url = self.postgres.database_url("postgres", "pombal")
+        with psycopg.connect(url, autocommit=True, row_factory=dict_row) as connection:
+            cursor = connection.execute(statement.encode(), values)
+            return cursor.fetchall() if cursor.description else []
+
+    def messages(self, queue: str) -> list[dict[str, Any]]:
+        """What Redis holds of a queue: waiting, fetched, or (with `.DQ` or `.XQ`) delayed or dead."""
+        with redis_client(self.valkey.url) as client:
+            found: Any = client.hvals(f"dramatiq:{queue}.msgs")
+        return [msgspec.json.decode(body) for body in found]
+
+    def waiting(self, queue: str) -> int:
+        """How many are in nobody's hands."""
+        with redis_client(self.valkey.url) as client:
+            return int(client.llen(f"dramatiq:{queue}"))  # type: ignore[arg-type] # redis-py: or an awaitable
+
+    def fetched(self, queue: str) -> int:
+        """How many are in some process's hands."""
+        with redis_client(self.valkey.url) as client:
+            held: Any = [client.scard(key) for key in client.scan_iter(match=f"dramatiq:__acks__.*.{queue}", count=500)]
+        return sum(held)
+
+    def a_job(self, actor: str, *args: Any, queue: str | None = None) -> str:
+        """Enqueue a job; returns its message id."""
+        with redis_client(self.valkey.url) as client:
+            message: dramatiq.Message[Any] = dramatiq.Message(
+                queue_name=queue or actor, actor_name=actor, args=args, kwargs={}, options={}
+            )
+            return HardenedBroker(client, []).enqueue(message).message_id
+
+    def a_delivery(self, **columns: str) -> str:
+        """A row that waits for its bell; columns are SQL expressions."""
+        id_ = str(uuid7())
+        given = {"id": f"'{id_}'", "provider": "'meta'", "raw": "'\\x7b7d'", "next_ring_at": "now()", **columns}
+        self.sql(f"INSERT INTO delivery ({', '.join(given)}) VALUES ({', '.join(given.values())})")
+        return id_
+
+
+@contextlib.contextmanager
+def breakable(data: Path) -> Iterator[Servers]:
+    """Start and migrate them."""
+    quick = {"fsync": "off", "shared_buffers": "16MB", "log_min_messages": "fatal"}
+    with start_postgres(data, settings=quick) as postgres, start_valkey(data) as valkey:
+        app_url, owner_url = ensure_roles_and_database(postgres)
+        (data / "metrics").mkdir()
+        env = {
+            "DATABASE_URL": app_url,
+            "DATABASE_OWNER_URL": owner_url,
+            "REDIS_URL": valkey.url,
+            "PROMETHEUS_MULTIPROC_DIR": str(data / "metrics"),
+        }
+        output("-m", "pombal", "migrate", env=env)
+        yield Servers(postgres, valkey, env, data)
+
+
+class Errands:
+    """Orders for the test actors, and what became of them."""
+
+    def __init__(self, servers: Servers, worker: Running, effects: Path) -> None:
+        self.servers = servers
+        self.worker = worker
+        self._effects = effects
+        self._broker = HardenedBroker(redis_client(servers.valkey.url), [])
+
+    def post(self, actor: str, id_: str, *more: str, queue: str = "errands", delay: int | None = None) -> str:
+        """Enqueue a job as the web tier does; returns its message id."""
+        message = dramatiq.Message(
+            queue_name=queue, actor_name=actor, args=(id_, *more), kwargs={}, options={}
+        )  # type: dramatiq.Message[Any]
+        return self._broker.enqueue(message, delay=delay).message_id
+
+    def put(self, body: bytes, queue: str = "errands") -> None:
+        """Put bytes into the queue as somebody might who is not of this fleet."""
+        self._broker.do_enqueue(queue, uuid7().hex, body)
+
+    def done(self) -> list[str]:
+        return self._effects.read_text().splitlines()
+
+    def count(self, what: str) -> int:
+        return self.done().count(what)
+
+    def wait_for(self, what: str, times: int = 1) -> None:
+        until(lambda: self.count(what) >= times, why=lambda: f"{what}: {self.count(what)}; {self.worker.text()[-5000:]}")
+
+    def letters(self, id_: str) -> list[dict[str, Any]]:
+        """The dead letters of the job with this id."""
+        return self.servers.sql("SELECT * FROM dead_letter WHERE args->'args'->>0 = %s", id_)
+
+    def buried(self, id_: str) -> list[dict[str, Any]]:
+        """The job in its queue's `.XQ`."""
+        return [m for m in self.servers.messages("errands.XQ") if isinstance(m, dict) and m.get("args", [None])[0] == id_]
+
+    def is_drained(self) -> bool:
+        """Nothing waits, is delayed, or sits in somebody's hands."""
+        queues = ("errands", "errands.DQ")
+        return not any(self.servers.messages(q) or self.servers.waiting(q) or self.servers.fetched(q) for q in queues)
+
+
+@contextlib.contextmanager
+def at_work(servers: Servers, queue: str, effects: Path, *, threads: int, env: dict[str, str]) -> Iterator[Running]:
+    """A worker process on one queue of `tests/pombal/jobs.py`."""
+    effects.touch()
+    given = {**servers.env, "POMBAL_TEST_EFFECTS": str(effects), **env}
+    log = servers.folder / f"{queue}-{uuid7().hex}.log"
+    arguments = ("-m", "dramatiq", "tests.pombal.jobs", "-Q", queue, "-p", "1", "-t", str(threads), "--skip-logging")
+    with running(*arguments, env=given, log=log) as worker:
+        yield worker
