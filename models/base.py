@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import TIMESTAMP, ForeignKeyConstraint, MetaData, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -49,11 +50,10 @@ def belongs_to(table: str, column: str, **options: Any) -> ForeignKeyConstraint:
 
 
 def rows(**types: str) -> str:
-    """SQL for a set of rows given as one array per column: `unnest(CAST(:a AS uuid[]), …) AS given (a, …)`."""
-    arrays = ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in types.items())
-    return f"unnest({arrays}) AS given ({', '.join(types)})"
+    """SQL for a set of rows given as one JSON array: `json_to_recordset(CAST(:rows AS json)) AS given (a uuid, …)`."""
+    return f"json_to_recordset(CAST(:rows AS json)) AS given ({', '.join(f'{n} {kind}' for n, kind in types.items())})"
 
 
-def columns(given: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The arrays for `rows`, from one dict per row."""
-    return {name: [row[name] for row in given] for name in given[0]}
+def given_rows(given: list[dict[str, Any]]) -> dict[str, str]:
+    """The parameter of `rows`, from one dict per row. One text, since an array per column costs a multiple of it."""
+    return {"rows": msgspec.json.encode(given).decode()}

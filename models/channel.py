@@ -1,27 +1,14 @@
 """One number on one provider, and the routes by which a webhook finds it."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    ForeignKey,
-    ForeignKeyConstraint,
-    Index,
-    Select,
-    Text,
-    UniqueConstraint,
-    Uuid,
-    and_,
-    cast,
-    func,
-    select,
-    text,
-)
-from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import ForeignKey, ForeignKeyConstraint, Index, Row, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, id_column
+from models.base import Base, Dated, Tenanted, given_rows, id_column, rows
 from pombal.secrets import seal, unseal
 
 
@@ -74,11 +61,16 @@ class Route(Base):
     channel_id: Mapped[UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[UUID]
 
-    @classmethod
-    def among(cls, wanted: set[tuple[UUID, str, str]]) -> Select["Route"]:
-        """The routes for `(app, kind, value)` triples. In arrays: a body may name more than a statement takes values."""
-        apps, kinds, values = (list(column) for column in zip(*sorted(wanted), strict=True))
-        given = func.unnest(cast(apps, ARRAY(Uuid)), cast(kinds, ARRAY(Text)), cast(values, ARRAY(Text)))
-        key = given.table_valued("app_id", "kind", "value").render_derived()
-        same = and_(cls.app_id == key.c.app_id, cls.kind == key.c.kind, cls.value == key.c.value)
-        return select(cls).join(key, same)
+    @staticmethod
+    def among(s: Session, wanted: set[tuple[UUID, str, str]]) -> Sequence[Row[Any]]:
+        """The routes of `(app, kind, value)` triples, as rows of this table's columns."""
+        if not wanted:
+            return []
+        given = [{"app_id": app_id, "kind": kind, "value": value} for app_id, kind, value in wanted]
+        return s.execute(_AMONG, given_rows(given)).all()
+
+
+_AMONG = text(f"""
+    SELECT app_id, kind, value, channel_id, tenant_id
+    FROM {rows(app_id="uuid", kind="text", value="text")} JOIN route USING (app_id, kind, value)
+""")

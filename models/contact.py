@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import ForeignKeyConstraint, Index, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, columns, id_column, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, id_column, rows
 from pombal.ids import uuid7
 
 _Key: TypeAlias = tuple[UUID, UUID, str, str]  # tenant, channel, kind, value of an identity
@@ -91,7 +91,7 @@ class Meeting:
         if not keys:
             return
         names: dict[tuple[UUID, UUID], tuple[str | None, datetime | None]] = {}
-        for row in s.execute(_FIND, _key_columns(sorted(keys))):
+        for row in s.execute(_FIND, given_rows([_key_row(key) for key in sorted(keys)])):
             self._contact_of[(row.tenant_id, row.channel_id, row.kind, row.value)] = row.contact_id
             names[(row.tenant_id, row.contact_id)] = (row.name, row.named_at)
         wanted: dict[_Key, UUID] = {}
@@ -110,9 +110,9 @@ class Meeting:
     def _take(self, s: Session, wanted: dict[_Key, UUID], telling: set[_Key]) -> None:
         if not wanted:
             return
-        given = _key_columns(sorted(wanted)) | {"contact_id": [wanted[key] for key in sorted(wanted)]}
+        given = [_key_row(key) | {"contact_id": wanted[key]} for key in sorted(wanted)]
         moved: dict[UUID, UUID] = {}
-        for row in s.execute(_TAKE, given):
+        for row in s.execute(_TAKE, given_rows(given)):
             key = (row.tenant_id, row.channel_id, row.kind, row.value)
             if row.contact_id != wanted[key]:  # another batch met this person a moment earlier
                 self._contact_of[key] = row.contact_id
@@ -141,12 +141,11 @@ class Meeting:
                 named_at = at if name is not None else None
                 given.append({"tenant_id": tenant_id, "id": contact_id, "name": name, "named_at": named_at})
         if given:
-            s.execute(_WRITE, columns(given))
+            s.execute(_WRITE, given_rows(given))
 
 
-def _key_columns(keys: list[_Key]) -> dict[str, list[Any]]:
-    tenants, channels, kinds, values = zip(*keys, strict=True)
-    return {"tenant_id": list(tenants), "channel_id": list(channels), "kind": list(kinds), "value": list(values)}
+def _key_row(key: _Key) -> dict[str, Any]:
+    return dict(zip(("tenant_id", "channel_id", "kind", "value"), key, strict=True))
 
 
 _GIVEN_KEYS = rows(tenant_id="uuid", channel_id="uuid", kind="text", value="text")

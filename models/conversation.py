@@ -8,7 +8,7 @@ from uuid import UUID, uuid5
 from sqlalchemy import Index, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, columns, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
 
 
 class ConversationStatus(StrEnum):
@@ -43,7 +43,7 @@ class Conversation(Tenanted, Dated, Base):
     def touch(s: Session, given: list[dict[str, Any]]) -> None:
         """Open or bring forward conversations, one row each. `unread_count`: how many *new* incoming messages came."""
         if given:
-            s.execute(_TOUCH, columns(given))
+            s.execute(_TOUCH, given_rows(given))
 
 
 _TOUCH = text(f"""

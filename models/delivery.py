@@ -102,13 +102,8 @@ class Delivery(Base):
     @staticmethod
     def release(s: Session, ids: Iterable[UUID], token: UUID) -> None:
         """Give up the claim without a word on the rows: the store was away, or they go on one by one."""
-        s.execute(
-            text("""
-                UPDATE delivery SET claim_token = NULL, claimed_until = NULL
-                WHERE id = ANY(:ids) AND claim_token = :token
-            """),
-            {"ids": sorted(ids), "token": token},
-        )
+        if given := sorted(ids):
+            s.execute(_RELEASE, {"ids": given, "token": token})
 
     @staticmethod
     def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, bool]]:
@@ -207,6 +202,10 @@ _FINISH = text("""
         claim_token = NULL, claimed_until = NULL
     WHERE id = ANY(:ids) AND claim_token = :token AND state = 'pending'
     RETURNING id
+""")
+
+_RELEASE = text("""
+    UPDATE delivery SET claim_token = NULL, claimed_until = NULL WHERE id = ANY(:ids) AND claim_token = :token
 """)
 
 _FAILED = text("""

@@ -6,7 +6,7 @@ from uuid import UUID
 from sqlalchemy import ForeignKeyConstraint, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, columns, id_column, rows
+from models.base import Base, Dated, Tenanted, given_rows, id_column, rows
 
 
 class Event(Tenanted, Dated, Base):
@@ -24,7 +24,7 @@ class Event(Tenanted, Dated, Base):
     def append(s: Session, given: list[dict[str, Any]]) -> None:
         """Append events; `payload` is JSON text."""
         if given:
-            s.execute(_APPEND, columns(given))
+            s.execute(_APPEND, given_rows(given))
 
 
 class Seen(Tenanted, Dated, Base):
@@ -40,8 +40,8 @@ class Seen(Tenanted, Dated, Base):
         """Note `(tenant, digest)` pairs; returns those that nobody had noted before."""
         if not given:
             return set()
-        tenants, digests = zip(*sorted(given), strict=True)
-        new = s.execute(_FIRST_TIME, {"tenant_id": list(tenants), "digest": list(digests)})
+        pairs = [{"tenant_id": tenant_id, "digest": digest.hex()} for tenant_id, digest in given]
+        new = s.execute(_FIRST_TIME, given_rows(pairs))
         return {(row.tenant_id, bytes(row.digest)) for row in new}
 
 
@@ -53,7 +53,8 @@ _APPEND = text(f"""
 """)
 
 _FIRST_TIME = text(f"""
-    INSERT INTO seen (tenant_id, digest) SELECT * FROM {rows(tenant_id="uuid", digest="bytea")}
+    INSERT INTO seen (tenant_id, digest)
+    SELECT tenant_id, decode(digest, 'hex') FROM {rows(tenant_id="uuid", digest="text")}
     ORDER BY tenant_id, digest
     ON CONFLICT DO NOTHING RETURNING tenant_id, digest
 """)

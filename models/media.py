@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Index, func, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, columns, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
 
 
 class MediaState(StrEnum):
@@ -40,7 +40,7 @@ class Media(Tenanted, Dated, Base):
     def expect(s: Session, given: list[dict[str, Any]]) -> None:
         """Note files that are to be fetched, one row per new message."""
         if given:
-            s.execute(_EXPECT, columns(given))
+            s.execute(_EXPECT, given_rows(given))
 
 
 _EXPECT = text(f"""

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Index, RowMapping, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, columns, id_column, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, id_column, rows
 
 
 class MessageStatus(StrEnum):
@@ -69,16 +69,15 @@ class Message(Tenanted, Dated, Base):
         """Insert messages that are not there yet; returns the ids of those that were new. `body` is JSON text."""
         if not given:
             return set()
-        return set(s.execute(_STORE, columns(given)).scalars())
+        return set(s.execute(_STORE, given_rows(given)).scalars())
 
     @staticmethod
     def catch_up(s: Session, keys: list[tuple[UUID, UUID, str]]) -> list[RowMapping]:
         """Bring sent messages up to what is reported of `(tenant, channel, provider id)`; returns what changed."""
         if not keys:
             return []
-        tenants, channels, ids = zip(*sorted(set(keys)), strict=True)
-        given = {"tenant_id": list(tenants), "channel_id": list(channels), "provider_id": list(ids)}
-        return list(s.execute(_CATCH_UP, given).mappings())
+        given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
+        return list(s.execute(_CATCH_UP, given_rows(given)).mappings())
 
 
 class StatusReport(Tenanted, Dated, Base):
@@ -110,7 +109,7 @@ class StatusReport(Tenanted, Dated, Base):
     def fold(s: Session, given: list[dict[str, Any]]) -> None:
         """Add reports, one row per key, JSON as text. Any order and any repetition end in the same row."""
         if given:
-            s.execute(_FOLD, columns(given))
+            s.execute(_FOLD, given_rows(given))
 
     @staticmethod
     def rank_of(status: str) -> int:

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, columns, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
 
 
 class Template(Tenanted, Dated, Base):
@@ -26,7 +26,7 @@ class Template(Tenanted, Dated, Base):
     def heard(s: Session, given: list[dict[str, Any]]) -> None:
         """Record verdicts, one row per template; the newest by the provider's clock stays."""
         if given:
-            s.execute(_HEARD, columns(given))
+            s.execute(_HEARD, given_rows(given))
 
 
 _HEARD = text(f"""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from queue import SimpleQueue
 from types import FrameType
 from uuid import uuid4
 
@@ -39,6 +40,9 @@ class Clock:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        # These outlive a sweep that failed: the lease stays ours, and what Redis was before it went away is known.
+        self._token = uuid4()
+        self._sight = Sight(redis_client())
 
     def run(self) -> None:
         """Block until stopped."""
@@ -78,26 +82,20 @@ class Clock:
 
     def sweep(self) -> None:
         """Ring for waiting rows, every two seconds, while this clock has the lease."""
-        token = uuid4()
-        client = redis_client()
-        sight = Sight(client)
-        try:
-            while not self._stop.is_set():
+        while not self._stop.is_set():
+            with db.session() as s:
+                is_ours = Lease.take(s, "sweep", self._token, _LEASE)
+            if is_ours:
+                # Rows first: whatever Redis had before it was wiped is rung for again.
+                rung = ring_waiting(at_once=self._sight.lost_the_queues())
+                self._sight.saw()
                 with db.session() as s:
-                    is_ours = Lease.take(s, "sweep", token, _LEASE)
-                if is_ours:
-                    # Rows first: whatever Redis had before it was wiped is rung for again.
-                    rung = ring_waiting(at_once=sight.lost_the_queues())
-                    sight.saw()
-                    with db.session() as s:
-                        Lease.finished(s, "sweep", token)
-                    if rung:
-                        _log.info("sweep_rang", deliveries=rung)
-                self._stop.wait(SWEEP_SECONDS)
-        finally:
-            client.close()
+                    Lease.finished(s, "sweep", self._token)
+                if rung:
+                    _log.info("sweep_rang", deliveries=rung)
+            self._stop.wait(SWEEP_SECONDS)
         with db.session() as s:
-            Lease.release(s, "sweep", token)
+            Lease.release(s, "sweep", self._token)
 
     def reap(self) -> None:
         """Touch every queue with a broker of its own whose every command does maintenance."""
@@ -138,14 +136,20 @@ class Sight:
 def main() -> int:
     """`pombal clock`: until SIGTERM or SIGINT, then 0."""
     clock = Clock()
+    # A queue and not an Event: setting an Event in a handler can deadlock with a wait or another set it interrupts.
+    orders: SimpleQueue[int] = SimpleQueue()
 
     def end(signum: int, frame: FrameType | None) -> None:
-        clock.stop()
+        orders.put(signum)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     publisher = metrics.Publisher().start()
     _log.info("clock_started", pid=os.getpid(), dramatiq=dramatiq.__version__)
-    clock.run()
+    running = threading.Thread(target=clock.run, name="clock")
+    running.start()
+    orders.get()
+    clock.stop()
+    running.join()
     publisher.stop()
     return 0

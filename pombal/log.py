@@ -8,7 +8,10 @@ is one of ours: a database error quotes the row it choked on.
 import contextlib
 import logging
 import sys
+import threading
 import traceback
+import warnings
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -20,6 +23,7 @@ from pombal.settings import settings
 
 _LONGEST_LINE = 8 * 1024  # bytes, security-reliability.md L2
 _LONGEST_FIELD = 2_000  # characters
+_LONGEST_EVENT = 1_000  # … of one that is still too long: escaped, a control character takes six bytes
 
 # What library loggers say at INFO is theirs, not an operator's.
 _QUIET = ("httpx", "httpcore", "uvicorn.access", "alembic", "periodiq", "dramatiq")
@@ -80,11 +84,45 @@ def setup() -> None:
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    _close_the_side_doors()
 
 
 def get(**fields: Any) -> Any:
     """A logger; `fields` are on each of its lines."""
     return structlog.get_logger(**fields)
+
+
+def _close_the_side_doors() -> None:
+    """Python itself writes crashes, warnings and bad log calls to standard error, with every value in them."""
+    logging.raiseExceptions = False
+    if sys.excepthook is sys.__excepthook__:  # and not a debugger's or a test runner's
+        sys.excepthook = _crashed
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _thread_crashed
+    if not sys.warnoptions:  # whoever asked for warnings gets them as they are
+        warnings.showwarning = _warned
+
+
+def _crashed(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    get().error("process_crashed", exc_info=error)
+
+
+def _thread_crashed(given: threading.ExceptHookArgs) -> None:
+    if given.exc_value is not None and not isinstance(given.exc_value, SystemExit):
+        get().error("thread_crashed", thread=given.thread.name if given.thread else None, exc_info=given.exc_value)
+
+
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    get().warning("python_warned", category=category.__name__, at=f"{_short(filename)}:{lineno}")
 
 
 def _redact_exception(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -95,22 +133,44 @@ def _redact_exception(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         given = given[1]
     if isinstance(given, BaseException):
         event["exception"] = redacted(given)
+    for name, value in event.items():
+        if isinstance(value, BaseException):
+            event[name] = described(value)
     return event
 
 
 def _clip_foreign(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    event["event"] = str(event["event"])[:_LONGEST_FIELD]
+    text = str(event["event"])[:_LONGEST_FIELD]
+    # Beside an exception asyncio lists its context, in which the exception's message stands again.
+    event["event"] = text.partition("\n")[0] if event.get("exc_info") else text
     return event
 
 
 def _as_json(_: WrappedLogger, __: str, event: EventDict) -> str:
-    line = msgspec.json.encode(event, enc_hook=str)
+    line = _encoded(event)
     if len(line) > _LONGEST_LINE:
-        short = {k: v[:_LONGEST_FIELD] if isinstance(v, str) else v for k, v in event.items()}
-        line = msgspec.json.encode(short, enc_hook=str)
-        if len(line) > _LONGEST_LINE:
-            line = msgspec.json.encode({k: short[k] for k in ("event", "level", "timestamp") if k in short})
+        line = _encoded({k: v[:_LONGEST_FIELD] if isinstance(v, str) else v for k, v in event.items()})
+    if len(line) > _LONGEST_LINE:
+        kept = {k: event[k] for k in ("level", "timestamp") if k in event}
+        line = _encoded({"event": str(event.get("event"))[:_LONGEST_EVENT], **kept})
     return line.decode()
+
+
+def _encoded(event: EventDict) -> bytes:
+    try:
+        return msgspec.json.encode(event, enc_hook=_shown)
+    except Exception:  # a lone surrogate, a circle, a failing `__str__`: a line must not fail what it tells about
+        return msgspec.json.encode({_plain(name): _plain(value) for name, value in event.items()})
+
+
+def _shown(value: Any) -> str:
+    return described(value) if isinstance(value, BaseException) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, int | float):
+        return value
+    return value.encode(errors="replace").decode() if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
 def _no_exception(*_: Any) -> None:

@@ -5,10 +5,12 @@ finds the running servers), then from the defaults here. Whatever was not starte
 there a missing or weak secret refuses to start.
 """
 
+import base64
 import os
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from cryptography.fernet import Fernet
@@ -16,6 +18,7 @@ from cryptography.fernet import Fernet
 from pombal.errors import Misconfigured
 
 _SHORTEST_SECRET = 32  # characters, security-reliability.md C2
+_FEWEST_SIGNS = 8  # different ones in a random secret, even in one of 32 hex digits
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_owner_url: str = ""
     redis_url: str = ""
     redis_tls_verify: bool = True
-    port: int = 8000
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8000
     host: str = "0.0.0.0"  # noqa: S104 - hosts with a router expect it; `pombal up` sets 127.0.0.1
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "json"
@@ -46,15 +49,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def require_database(self) -> str:
         """The app's database URL, as SQLAlchemy and psycopg both read it. Raises `Misconfigured` when unset."""
-        return _postgresql(self.database_url or _missing("DATABASE_URL"))
+        return _postgresql("DATABASE_URL", self.database_url or _missing("DATABASE_URL"))
 
     def require_database_owner(self) -> str:
         """The URL of the role that migrates; the app's own where none is set apart."""
-        return _postgresql(self.database_owner_url) if self.database_owner_url else self.require_database()
+        if not self.database_owner_url:
+            return self.require_database()
+        return _postgresql("DATABASE_OWNER_URL", self.database_owner_url)
 
     def require_redis(self) -> str:
         """The broker's URL; `memory://` names the stub broker. Raises `Misconfigured` when unset."""
-        return self.redis_url or _missing("REDIS_URL")
+        url = self.redis_url or _missing("REDIS_URL")
+        if not _is_address(url, "redis", "rediss", "unix", "memory"):
+            raise Misconfigured("REDIS_URL is not the address of a Redis (redis://…, rediss://…, unix://…)")
+        return url
 
 
 # Variables that do not carry their field's name.
@@ -101,6 +109,9 @@ def check_secrets(given: Settings) -> list[str]:
             Fernet(key)
         except ValueError:
             wrong.append(f"POMBAL_SECRET_KEYS: key {place} is not a Fernet key (32 bytes in URL-safe base64)")
+            continue
+        if len(set(base64.urlsafe_b64decode(key))) < _FEWEST_SIGNS:
+            wrong.append(f"POMBAL_SECRET_KEYS: key {place} is not random")
     if given.is_production:
         for name, value in (
             ("WHATSAPP_APP_SECRET", given.whatsapp_app_secret),
@@ -108,6 +119,8 @@ def check_secrets(given: Settings) -> list[str]:
         ):
             if value and len(value) < _SHORTEST_SECRET:
                 wrong.append(f"{name} is shorter than {_SHORTEST_SECRET} characters")
+            elif value and len(set(value)) < _FEWEST_SIGNS:
+                wrong.append(f"{name} is not random")
     return wrong
 
 
@@ -131,9 +144,21 @@ def _written_down() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
-def _postgresql(url: str) -> str:
+def _postgresql(name: str, url: str) -> str:
+    if not _is_address(url, "postgres", "postgresql"):
+        raise Misconfigured(
+            f"{name} is not the address of a PostgreSQL (postgresql://user:password@host:port/database)"
+        )
     # Several hosts hand out `postgres://`, which SQLAlchemy refuses (dependencies.md, "Growing up").
     return "postgresql://" + url.removeprefix("postgres://") if url.startswith("postgres://") else url
+
+
+def _is_address(url: str, *schemes: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in schemes and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port in words
+        return False
 
 
 def _missing(name: str) -> str:
@@ -141,4 +166,4 @@ def _missing(name: str) -> str:
 
 
 def _kind(error: msgspec.ValidationError) -> str:
-    return str(error).partition(" - ")[0].partition(", got")[0].lower()
+    return str(error).partition(" - ")[0].partition(", got")[0].partition(" '")[0].lower()

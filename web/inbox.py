@@ -27,7 +27,7 @@ PATIENCE = 2.5  # seconds a request waits for its commit; 503 must be out within
 _FLUSH_BYTES = 1024 * 1024
 _MOST_WAITING = 64 * 1024 * 1024  # bytes in memory; one source may hold half of it (W13)
 _MOST_BELLS = 1_000  # flushes that wait to be rung, each of at most 200 ids
-_BELL_PAUSE = 0.010  # seconds between bells under load: fewer, fuller jobs
+_BELL_PAUSE = 0.050  # seconds between bells under load: fewer, fuller jobs
 
 _INSERT = """
     INSERT INTO delivery (id, provider, app_id, channel_id, request_id, raw)

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, TypeAlias
 from uuid import UUID, uuid4
 
-from sqlalchemy import RowMapping, select, text
+from sqlalchemy import Row, RowMapping, text
 from sqlalchemy.orm import Session
 
 from models import App, DeadLetter, Delivery, DeliveryState, Route, Tick
@@ -273,15 +273,14 @@ class Routes:
 
     def __init__(self, s: Session, batch: list[Reading]) -> None:
         wanted = {_route_key(reading, change) for reading in batch for change in reading.parsed.changes}
-        self._found: dict[tuple[UUID, str, str], list[Route]] = {}
-        if wanted:
-            for route in s.scalars(Route.among(wanted)):
-                self._found.setdefault((route.app_id, route.kind, route.value), []).append(route)
+        self._found: dict[tuple[UUID, str, str], list[Row[Any]]] = {}
+        for route in Route.among(s, wanted):
+            self._found.setdefault((route.app_id, route.kind, route.value), []).append(route)
         self._app_tenants = tenants_of_apps(s, [reading.row for reading in batch])
         self.tenants = {route.tenant_id for routes in self._found.values() for route in routes}
         self.tenants.update(self._app_tenants.values())
 
-    def of(self, reading: Reading, change: inbound.Change) -> list[Route]:
+    def of(self, reading: Reading, change: inbound.Change) -> list[Row[Any]]:
         """The channel of a number, or all channels of an account; empty when it is not this app's."""
         return self._found.get(_route_key(reading, change), [])
 
@@ -312,9 +311,7 @@ def _route_key(reading: Reading, change: inbound.Change) -> tuple[UUID, str, str
 
 def tenants_of_apps(s: Session, rows: list[RowMapping]) -> dict[UUID, UUID]:
     """The tenant of each app that has one; a shared app's letters are the operators'."""
-    apps = {row["app_id"] for row in rows if row["app_id"]}
-    found = s.execute(select(App.id, App.tenant_id).where(App.id.in_(apps), App.tenant_id.is_not(None)))
-    return {id_: tenant_id for id_, tenant_id in found if tenant_id}
+    return App.tenants_of(s, {row["app_id"] for row in rows if row["app_id"]})
 
 
 def delivery_letter(row: RowMapping, reason: str, tenant: UUID | None, path: str | None = None) -> dict[str, Any]:

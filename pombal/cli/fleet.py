@@ -37,6 +37,9 @@ def worker(given: Namespace) -> int:
 
     arguments = ["workers", "--queues", *given.queues, "--processes", str(given.processes)]
     arguments += ["--threads", str(given.threads), "--worker-shutdown-timeout", "20000", "--skip-logging"]
+    # The master hears no signal while it waits for its children to boot, and one that a signal ended never tells it.
+    # It waits only to start other forks, and there are none.
+    arguments += ["--worker-fork-timeout", "100"]
     sys.path.insert(0, str(ROOT))
     # main returns nothing on some paths; its exit code is in what it raises or returns.
     parsed = cli.make_argument_parser().parse_args(arguments)  # type: ignore[no-untyped-call] # Dramatiq's

@@ -32,12 +32,12 @@ STOPPED = 40.0  # seconds for a stop: the promise is 25
 _NOT_THEIRS = ("DATABASE_URL", "DATABASE_OWNER_URL", "REDIS_URL", "LOG_FORMAT", "PROMETHEUS_MULTIPROC_DIR")
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0, *, pause: float = 0.05) -> None:
     """Wait for a condition; fails when it did not come true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def free_port() -> int:
@@ -296,6 +296,19 @@ class Fleet:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def stop_without_its_child(self, name: str) -> None:
+        """Tell a worker that joined to stop, just after its child died while it booted."""
+        member = self._members.pop(name)
+
+        def children() -> list[int]:
+            return [process.pid for process in processes() if process.parent == member.pid]
+
+        until(children, "it has forked", pause=0.005)
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        member.terminate()
+        member.wait(25)  # the promise itself: a master that waits for a child that will never answer takes 30
 
     def leave(self, name: str) -> None:
         """End one that joined; it must end cleanly."""

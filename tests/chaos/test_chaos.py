@@ -402,6 +402,14 @@ def test_sigterm_to_the_whole_group_twice_is_one_clean_end(running_house: Fleet)
     assert holds_the_message(house)
 
 
+def test_a_worker_is_not_deaf_while_it_boots(running_house: Fleet) -> None:
+    running_house.join("young", "worker", "incoming_message")
+
+    running_house.stop_without_its_child("young")
+
+    assert running_house.is_whole()
+
+
 def test_a_killed_up_leaves_no_orphans_and_starts_again(running_house: Fleet) -> None:
     house = running_house
 

@@ -34,10 +34,14 @@ class Servers:
             return cursor.fetchall() if cursor.description else []
 
     def messages(self, queue: str) -> list[dict[str, Any]]:
-        """What Redis holds of a queue: waiting, fetched, or (with `.DQ` or `.XQ`) delayed or dead."""
+        """What Redis holds of a queue: waiting, fetched, or (with `.DQ` or `.XQ`) delayed or dead; not counting junk."""
         with redis_client(self.valkey.url) as client:
             found: Any = client.hvals(f"dramatiq:{queue}.msgs")
-        return [msgspec.json.decode(body) for body in found]
+        messages = []
+        for body in found:
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):
+                messages.append(msgspec.json.decode(body))
+        return [message for message in messages if isinstance(message, dict) and message.get("args")]
 
     def waiting(self, queue: str) -> int:
         """How many are in nobody's hands."""
@@ -61,7 +65,7 @@ class Servers:
     def a_delivery(self, **columns: str) -> str:
         """A row that waits for its bell; columns are SQL expressions."""
         id_ = str(uuid7())
-        given = {"id": f"'{id_}'", "provider": "'meta'", "raw": "'\\x7b7d'", "next_ring_at": "now()", **columns}
+        given = {"id": f"'{id_}'", "provider": "'meta'", "app_id": "gen_random_uuid()", "raw": "'{}'", "next_ring_at": "now()", **columns}
         self.sql(f"INSERT INTO delivery ({', '.join(given)}) VALUES ({', '.join(given.values())})")
         return id_
 
@@ -118,7 +122,7 @@ class Errands:
 
     def buried(self, id_: str) -> list[dict[str, Any]]:
         """The job in its queue's `.XQ`."""
-        return [m for m in self.servers.messages("errands.XQ") if isinstance(m, dict) and m.get("args", [None])[0] == id_]
+        return [m for m in self.servers.messages("errands.XQ") if isinstance(m["args"], list) and m["args"][0] == id_]
 
     def is_drained(self) -> bool:
         """Nothing waits, is delayed, or sits in somebody's hands."""

@@ -72,6 +72,8 @@ class Running:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.kill(self.pid, signal.SIGABRT)
+            self.process.wait()
             raise AssertionError(f"it did not end: {self.text()}") from None
 
 

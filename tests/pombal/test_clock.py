@@ -118,9 +118,9 @@ def test_messages_carry_ids_and_nothing_else(nothing_waits: None) -> None:
 def many(number: int) -> list[UUID]:
     with factories.superuser() as connection:
         found = connection.execute(
-            "INSERT INTO delivery (id, provider, raw, next_ring_at)"
-            " SELECT gen_random_uuid(), 'meta', '', now() FROM generate_series(1, %s) RETURNING id",
-            [number],
+            "INSERT INTO delivery (id, app_id, provider, raw, next_ring_at)"
+            " SELECT gen_random_uuid(), %s, 'meta', '', now() FROM generate_series(1, %s) RETURNING id",
+            [uuid4(), number],
         )
         return [row[0] for row in found]
 

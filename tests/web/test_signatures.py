@@ -166,7 +166,7 @@ def test_an_app_without_secrets_is_closed(web: Web, slug: str) -> None:
 
 
 def test_the_same_body_is_accepted_each_time(web: Web) -> None:
-    """Meta signs no time, so a captured request can be sent again. That it has no second effect is the worker's part."""
+    """Meta signs no time, so a request can be sent again. That it has no second effect is the worker's part."""
     shop = a_shop()
     raw = texts(shop, a_wamid())
 

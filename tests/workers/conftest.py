@@ -42,7 +42,7 @@ def on_storing() -> Iterator[OnStoring]:
                     END IF;
                     RETURN NEW;
                 END
-            """).format(**parts, fault=sql.SQL(fault))  # type: ignore[arg-type] # psycopg wants a literal
+            """).format(**parts, fault=sql.SQL(fault))
             connection.execute(
                 sql.SQL("CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS {body}").format(
                     **parts, body=sql.Literal(body.as_string(connection))

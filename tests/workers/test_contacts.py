@@ -45,12 +45,8 @@ def test_somebody_without_a_phone_number_is_a_contact_by_their_user_id() -> None
 @pytest.mark.parametrize("at_once", [False, True], ids=["each in its body", "in one body"])
 def test_a_message_with_both_ids_ties_the_phone_to_the_user_id(order: str, at_once: bool) -> None:
     shop = a_shop()
-    ids = {
-        "phone": {"phone": MOBILE_12},
-        "bsuid": {"bsuid": BSUID},
-        "both": {"phone": MOBILE_13, "bsuid": BSUID},
-    }
-    given = [said(**ids[word]) for word in order.split()]
+    ids = {"phone": (MOBILE_12, None), "bsuid": (None, BSUID), "both": (MOBILE_13, BSUID)}
+    given = [said(phone=phone, bsuid=bsuid) for phone, bsuid in (ids[word] for word in order.split())]
 
     process(shop, given) if at_once else process(shop, *([one] for one in given))
 

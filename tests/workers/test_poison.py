@@ -229,10 +229,10 @@ def test_a_body_of_nothing_but_bad_elements_makes_few_dead_letters() -> None:
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     """A worker of Dramatiq's in this process, on the real broker."""
-    worker = Worker(broker, queues={"incoming_message"}, worker_threads=2, worker_timeout=100)  # type: ignore[no-untyped-call] # Dramatiq's
-    worker.start()  # type: ignore[no-untyped-call] # Dramatiq's
+    worker = Worker(broker, queues={"incoming_message"}, worker_threads=2, worker_timeout=100)
+    worker.start()
     yield worker
-    worker.stop()  # type: ignore[no-untyped-call] # Dramatiq's
+    worker.stop()
 
 
 def enqueued(queue: str = "incoming_message") -> list[Any]:

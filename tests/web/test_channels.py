@@ -1,0 +1,202 @@
+"""What an API key opens, and what it does not (security-reliability.md T1, T3, T6, C3)."""
+
+import json
+import uuid
+from typing import Any
+
+import pytest
+
+from models import ApiKey
+from pombal.cli import admin
+from tests.factories import Shop, a_shop, a_tenant, seen_by
+from tests.web.process import Answer, Web, request
+
+
+def a_key(shop: Shop, *scopes: str) -> str:
+    _, text = admin.add_key(shop.tenant.id, "a key", scopes or ("channels:manage",))
+    return text
+
+
+def got(web: Web, key: str, path: str = "/api/v1/channels", *fields: tuple[str, str]) -> Answer:
+    return web.ask(request("GET", path, ("Authorization", f"Bearer {key}"), *fields))
+
+
+def content(answer: Answer) -> Any:
+    return json.loads(answer.body)
+
+
+def without_marks(answer: Answer) -> tuple[int, dict[str, Any]]:
+    error = content(answer)["error"]
+    return answer.status, {k: v for k, v in error.items() if k not in ("request_id", "timestamp")}
+
+
+def test_a_key_lists_its_tenants_channels(web: Web) -> None:
+    shop = a_shop()
+    second = a_shop(shop.tenant)
+    a_shop()
+
+    answer = got(web, a_key(shop))
+
+    assert answer.status == 200
+    assert [row["id"] for row in content(answer)["data"]] == [str(shop.channel.id), str(second.channel.id)]
+
+
+def test_a_key_shows_one_channel(web: Web) -> None:
+    shop = a_shop()
+
+    row = content(got(web, a_key(shop), f"/api/v1/channels/{shop.channel.id}"))
+
+    assert (row["kind"], row["name"], row["phone_number_id"]) == (
+        "meta",
+        shop.channel.name,
+        shop.number.phone_number_id,
+    )
+
+
+def test_secrets_are_never_shown(web: Web) -> None:
+    shop = a_shop(access_token="EAAG-access-token", old_app_secret="the-old-secret")
+    bare = a_shop(shop.tenant)
+    key = a_key(shop)
+
+    answers = [got(web, key), got(web, key, f"/api/v1/channels/{shop.channel.id}")]
+
+    for answer in answers:
+        for secret in (shop.app_secret, shop.verify_token, "EAAG-access-token", "the-old-secret", "sealed", key):
+            assert secret not in answer.body.decode()
+    shown = {row["id"]: row["has_secrets"] for row in content(answers[0])["data"]}
+    assert shown == {str(shop.channel.id): True, str(bare.channel.id): False}
+
+
+def test_a_tenant_without_channels_has_an_empty_list(web: Web) -> None:
+    _, key = admin.add_key(a_tenant().id, "a key")
+
+    assert content(got(web, key)) == {"data": []}
+
+
+@pytest.mark.parametrize("scope", ["messages:send", "messages:read", "sip:manage"])
+def test_a_key_without_the_scope_is_forbidden(web: Web, shop: Shop, scope: str) -> None:
+    for path in ("/api/v1/channels", f"/api/v1/channels/{shop.channel.id}"):
+        answer = got(web, a_key(shop, scope), path)
+        assert (answer.status, answer.code) == (403, "FORBIDDEN")
+
+
+def test_the_admin_scope_opens_all_of_its_own_tenant_and_nothing_else(web: Web, shop: Shop) -> None:
+    other = a_shop()
+    key = a_key(shop, "admin")
+
+    assert got(web, key, f"/api/v1/channels/{shop.channel.id}").status == 200
+    assert got(web, key, f"/api/v1/channels/{other.channel.id}").status == 404
+
+
+def test_a_foreign_channel_looks_like_a_missing_one(web: Web, shop: Shop) -> None:
+    foreign, key = a_shop(), a_key(shop)
+
+    known = without_marks(got(web, key, f"/api/v1/channels/{uuid.uuid4()}"))
+
+    assert known[0] == 404
+    for id_ in (str(foreign.channel.id), foreign.channel.id.hex, str(foreign.tenant.id), "7", "x" * 300, "%00", "'--"):
+        assert without_marks(got(web, key, f"/api/v1/channels/{id_}")) == known, id_
+
+
+def test_the_tenant_comes_from_the_key_alone(web: Web, shop: Shop) -> None:
+    foreign = a_shop()
+    fields = [
+        ("X-Tenant-Slug", foreign.tenant.slug),
+        ("X-Tenant-Id", str(foreign.tenant.id)),
+        ("X-Organization-Id", str(foreign.tenant.id)),
+        ("Cookie", f"tenant={foreign.tenant.slug}"),
+    ]
+    query = f"?tenant={foreign.tenant.slug}&tenant_id={foreign.tenant.id}&channel={foreign.channel.id}"
+
+    answer = got(web, a_key(shop), "/api/v1/channels" + query, *fields)
+
+    assert answer.status == 200
+    assert str(foreign.channel.id) not in answer.body.decode()
+
+
+def test_a_revoked_key_is_refused_at_once(web: Web) -> None:
+    shop = a_shop()
+    key, text = admin.add_key(shop.tenant.id, "a key")
+    assert got(web, text).status == 200
+
+    with seen_by(shop) as s:
+        found = s.get_one(ApiKey, (shop.tenant.id, key.id))
+        found.revoked_at = found.created_at
+
+    assert got(web, text).status == 401
+
+
+def test_a_key_remembers_its_last_use(web: Web) -> None:
+    shop = a_shop()
+    key, text = admin.add_key(shop.tenant.id, "a key")
+
+    assert got(web, text).status == 200
+
+    with seen_by(shop) as s:
+        assert s.get_one(ApiKey, (shop.tenant.id, key.id)).last_used_at is not None
+
+
+def test_another_tenants_name_on_a_key_opens_nothing(web: Web, shop: Shop) -> None:
+    """The tenant in a key only says where to look its hash up."""
+    victim = a_shop()
+    key = a_key(shop)
+    forged = key.replace(shop.tenant.id.hex, victim.tenant.id.hex)
+    assert forged != key
+
+    assert got(web, forged).status == 401
+
+
+HOSTILE = {
+    "nothing": "",
+    "only the scheme": "Bearer",
+    "an empty key": "Bearer ",
+    "another scheme": "Basic YWRtaW46YWRtaW4=",
+    "no such key": "Bearer pombal_" + "0" * 32 + "_x",
+    "not hexadecimal": "Bearer pombal_" + "g" * 32 + "_x",
+    "another prefix": "Bearer sk_live_123",
+    "SQL": "Bearer pombal_' OR '1'='1",
+    "not ASCII": "Bearer \xe9\xff\x80",
+    "not ASCII in a shape": "Bearer pombal_" + "0" * 32 + "_\xe9",
+    "a long one": "Bearer pombal_" + "0" * 32 + "_" + "x" * 50_000,
+    "a brace": "Bearer pombal_{" + "0" * 32 + "}",
+    "JWT without a signature": "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZG1pbiJ9.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_key_of_ours_is_refused_alike(web: Web, name: str) -> None:
+    known = without_marks(web.ask(request("GET", "/api/v1/channels")))
+
+    answer = web.ask(request("GET", "/api/v1/channels", ("Authorization", HOSTILE[name])))
+
+    assert answer.status == 401
+    assert without_marks(answer) == known
+
+
+def test_nearly_the_right_key_is_refused(web: Web, shop: Shop) -> None:
+    key = a_key(shop)
+
+    for near in (key[:-1], key + "x", key.upper(), key.swapcase(), key[7:], key.replace("_", "-")):
+        assert got(web, near).status == 401, near.replace(key[45:], "…")
+    assert got(web, key).status == 200
+
+
+def test_the_scheme_is_read_in_any_case(web: Web, shop: Shop) -> None:
+    field = ("Authorization", f"bearer  {a_key(shop)} ")
+
+    assert web.ask(request("GET", "/api/v1/channels", field)).status == 200
+
+
+def test_a_refused_access_leaves_one_line_without_the_key(web: Web, shop: Shop) -> None:
+    foreign, key = a_shop(), a_key(shop)
+    marks = [uuid.uuid4().hex for _ in range(3)]
+
+    got(web, key + "x", "/api/v1/channels", ("X-Request-ID", marks[0]))
+    got(web, a_key(shop, "sip:manage"), "/api/v1/channels", ("X-Request-ID", marks[1]))
+    got(web, key, f"/api/v1/channels/{foreign.channel.id}", ("X-Request-ID", marks[2]))
+
+    lines = {line["request_id"]: line for line in web.lines() if line.get("request_id") in marks}
+    assert [lines[mark]["kind"] for mark in marks] == ["bad_key", "missing_scope", "unknown_id"]
+    assert {line["event"] for line in lines.values()} == {"access_refused"}
+    assert [lines[mark].get("tenant_id") for mark in marks] == [None, str(shop.tenant.id), str(shop.tenant.id)]
+    assert key not in web.log()
