@@ -10,7 +10,6 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from random import Random
 from typing import Any
 from uuid import UUID
@@ -19,6 +18,7 @@ import psycopg
 from rig import SEED, Failed, Rig, Shop, cpu_seconds, request, rig, wait
 from throughput import say, started
 
+from models import App, Delivery, DeliveryState
 from pombal import db, log
 from pombal.ids import uuid7
 from pombal.settings import settings
@@ -100,19 +100,19 @@ def poison(its: Rig, count: int) -> None:
     os.environ["LOG_LEVEL"] = "ERROR"
     settings.cache_clear()
     log.setup()
-    from workers import incoming_message
+    from workers import incoming_message  # needs the addresses in the environment
 
     with its.superuser("pombal") as connection:
-        connection.execute(_REFUSE)  # type: ignore[arg-type] # no literal
+        connection.execute(_REFUSE)
     times: dict[bool, list[float]] = {False: [], True: []}
     for n in range(2 * (count + 2)):
         is_poisoned = bool(n % 2)
         ids = _batch(its.shops[0], n, is_poisoned=is_poisoned)
-        seconds = _timed(lambda ids=ids: incoming_message.fn(ids))  # type: ignore[misc] # mypy knows no such lambda
+        began = time.monotonic()
+        incoming_message.fn(ids)
+        seconds = time.monotonic() - began
         with db.session() as s:
-            from models import Delivery
-
-            left = s.query(Delivery).filter(Delivery.state == "pending").count()
+            left = s.query(Delivery).filter(Delivery.state == DeliveryState.PENDING).count()
         if left != n // 2 + is_poisoned:
             raise Failed(f"after batch {n}, {left} rows are pending")
         if n >= 4:
@@ -124,8 +124,6 @@ def poison(its: Rig, count: int) -> None:
 
 def _batch(shop: Shop, n: int, *, is_poisoned: bool) -> list[str]:
     """Deliveries as the web tier leaves them."""
-    from models import App, Delivery
-
     bodies = list(traffic.one_message(SEED + n, BATCH, [shop.number], contacts=200))
     if is_poisoned:
         value = {"messages": [meta.text_message(f"wamid.{n}", "5511944440001", _MARK, traffic.START)]}
@@ -138,12 +136,6 @@ def _batch(shop: Shop, n: int, *, is_poisoned: bool) -> list[str]:
             ids.append(uuid7())
             s.add(Delivery(id=ids[-1], provider="meta", app_id=app.id, request_id=ids[-1].hex, raw=raw))
     return [str(id_) for id_ in ids]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
 
 
 def _ms(seconds: float) -> str:

@@ -191,7 +191,7 @@ def check(its: Rig, dbname: str, expected: dict[str, int]) -> None:
             "unread": "SELECT sum(unread_count) FROM conversation",
             "conversation": "SELECT count(*) FROM conversation",
         }.items():
-            row = connection.execute(query).fetchone()  # type: ignore[arg-type] # from a dict, so no literal
+            row = connection.execute(query).fetchone()
             found[name] = int(row[0] or 0) if row else 0
     if found != expected:
         raise Failed(f"expected {expected}, found {found}")

@@ -52,7 +52,7 @@ _READ = text("""
 _DONE = text("UPDATE delivery SET state = :state, reason = :reason, finished_at = now() WHERE id = :id")
 
 _log = log.get()
-broker: Any = RedisBroker(
+broker = RedisBroker(  # type: ignore[no-untyped-call] # Dramatiq leaves it untyped
     client=redis_client(), middleware=[LogContext(), JobMetrics(), *(kind() for kind in default_middleware)]
 )
 dramatiq.set_broker(broker)
@@ -81,7 +81,7 @@ class State(TypedDict):
 
 
 @asynccontextmanager
-async def lifespan(_: Starlette) -> AsyncIterator[State]:
+async def lifespan(app: Starlette) -> AsyncIterator[State]:
     publisher = metrics.Publisher().start()
     pool: Pool = asyncio.LifoQueue()
     url = settings().require_database()
@@ -95,15 +95,15 @@ async def lifespan(_: Starlette) -> AsyncIterator[State]:
 
 async def meta(request: Request) -> Response:
     began = time.monotonic()
-    app = await request.state.apps.get(request.path_params["app"])
+    sender = await request.state.apps.get(request.path_params["app"])
     raw = await read_body(request, 4 * MiB)
-    signed_by = signer(raw, request.headers.get("x-hub-signature-256", "").encode(), app.secrets)
+    signed_by = signer(raw, request.headers.get("x-hub-signature-256", "").encode(), sender.secrets)
     if signed_by is None:
         raise Failure(401, "UNAUTHORIZED", "the signature does not match")
     id_, request_id = uuid7(), request.scope["request_id"]
     connection = await request.state.pool.get()
     try:
-        await connection.execute(_INSERT, [id_, app.app_id, request_id, raw])
+        await connection.execute(_INSERT, [id_, sender.app_id, request_id, raw])
     finally:
         request.state.pool.put_nowait(connection)
     usual_way.send(str(id_))
@@ -114,7 +114,7 @@ async def meta(request: Request) -> Response:
         provider="meta",
         delivery_id=str(id_),
         request_id=request_id,
-        app_id=str(app.app_id),
+        app_id=str(sender.app_id),
         secret=signed_by,
         bytes=len(raw),
     )

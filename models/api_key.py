@@ -4,12 +4,12 @@ A key reads `pombal_<tenant id>_<256 random bits>`. The tenant in it only says w
 tenant's row-level security; it proves nothing by itself.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import ForeignKeyConstraint, Select, Text, UniqueConstraint, select
+from sqlalchemy import ForeignKeyConstraint, Select, Text, UniqueConstraint, func, or_, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Dated, Tenanted, id_column
 from pombal.secrets import fingerprint, new_token
@@ -53,6 +53,13 @@ class ApiKey(Tenanted, Dated, Base):
     def presented(cls, text: str) -> Select["ApiKey"]:
         """The living key with this text. Looked up by its hash, so no comparison leaks where it differs."""
         return select(cls).where(cls.hash == fingerprint(text), cls.revoked_at.is_(None))
+
+    def was_used(self, s: Session) -> None:
+        """Remember when, to the minute: one write per request would be too many."""
+        key, now = type(self), func.now()
+        long_ago = or_(key.last_used_at.is_(None), key.last_used_at < now - timedelta(minutes=1))
+        used = update(key).where(key.tenant_id == self.tenant_id, key.id == self.id, long_ago)
+        s.execute(used.values(last_used_at=now).execution_options(synchronize_session=False))
 
     def allows(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes

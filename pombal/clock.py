@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from queue import SimpleQueue
 from types import FrameType
 from uuid import uuid4
 
@@ -136,11 +135,10 @@ class Sight:
 def main() -> int:
     """`pombal clock`: until SIGTERM or SIGINT, then 0."""
     clock = Clock()
-    # A queue and not an Event: setting an Event in a handler can deadlock with a wait or another set it interrupts.
-    orders: SimpleQueue[int] = SimpleQueue()
+    orders: list[int] = []
 
     def end(signum: int, frame: FrameType | None) -> None:
-        orders.put(signum)
+        orders.append(signum)  # nothing that locks: a handler may interrupt itself
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -148,7 +146,9 @@ def main() -> int:
     _log.info("clock_started", pid=os.getpid(), dramatiq=dramatiq.__version__)
     running = threading.Thread(target=clock.run, name="clock")
     running.start()
-    orders.get()
+    while not orders:
+        # A wait without an end could last for ever: of two signals at once one may go to a thread that is not this one.
+        time.sleep(0.2)
     clock.stop()
     running.join()
     publisher.stop()

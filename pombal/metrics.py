@@ -145,7 +145,7 @@ def client_for_metrics() -> redis.Redis:
     url = settings().require_redis()
     if url == "memory://":
         # The stub broker has no server; nothing listens here, and the host's folder answers instead.
-        return redis.Redis(unix_socket_path=os.devnull)
+        url = f"unix://{os.devnull}"
     return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
 
 

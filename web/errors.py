@@ -10,10 +10,12 @@ from starlette.responses import JSONResponse, Response
 
 from pombal import db, log
 from pombal.errors import Unreachable
+from web.limits import Quota
 
 _log = log.get()
 
 REQUEST_ID = b"x-request-id"
+_failures = Quota(per_second=20)
 
 _CODES = {
     400: "INVALID_PAYLOAD",
@@ -66,7 +68,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     """Whatever else: no stack, SQL, path or version in the answer (security-reliability.md W12)."""
     if db.is_store_trouble(error):
         return await on_unreachable(request, error)
-    _log.error("request_failed", request_id=request.scope.get("request_id"), exc_info=error)
+    if _failures.allows():
+        _log.error("request_failed", request_id=request.scope.get("request_id"), exc_info=error)
     return answer(request, 500, "INTERNAL_ERROR", "something went wrong here; the request id finds it in the log")
 
 

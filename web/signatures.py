@@ -13,9 +13,13 @@ from starlette.requests import Request
 
 from models import ApiKey, App
 from models.app import DEFAULT_SLUG
-from pombal import db
+from pombal import db, log, metrics
 from pombal.settings import settings
 from web.errors import Failure
+from web.limits import Quota
+
+_log = log.get()
+_refusals = Quota(per_second=10)
 
 MiB = 1024 * 1024
 _BODY_SECONDS = 10.0  # for the whole body (security-reliability.md W5)
@@ -151,12 +155,24 @@ async def caller(request: Request, scope: str) -> Caller:
     tenant_id = ApiKey.tenant_named_in(text.strip()) if scheme.lower() == "bearer" else None
     key = await asyncio.to_thread(_key, tenant_id, text.strip()) if tenant_id else None
     if key is None:
+        refused(request, "bad_key")
         raise Failure(401, "UNAUTHORIZED", "a valid API key is needed")
     if not key.allows(scope):
+        refused(request, "missing_scope", tenant_id=str(key.tenant_id), key_id=str(key.id))
         raise Failure(403, "FORBIDDEN", f"this key lacks the scope {scope}")
     return Caller(key.tenant_id, key)
 
 
 def _key(tenant_id: UUID, text: str) -> ApiKey | None:
     with db.session([tenant_id]) as s:
-        return s.scalars(ApiKey.presented(text)).first()
+        key = s.scalars(ApiKey.presented(text)).first()
+        if key:
+            key.was_used(s)
+        return key
+
+
+def refused(request: Request, kind: str, **who: str) -> None:
+    """Count a refused access, and leave a line about it; a flood leaves a few."""
+    metrics.security_events.labels(kind=kind).inc()
+    if _refusals.allows():
+        _log.warning("access_refused", kind=kind, request_id=request.scope.get("request_id"), **who)

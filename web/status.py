@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from models import Channel
 from pombal import db
 from web.errors import Failure
-from web.signatures import caller
+from web.signatures import caller, refused
 
 
 async def channels(request: Request) -> Response:
@@ -26,10 +26,11 @@ async def channel(request: Request) -> Response:
     who = await caller(request, "channels:manage")
     try:
         id_ = UUID(request.path_params["id"])
+        rows = await asyncio.to_thread(_channels, who.tenant_id, id_)
     except ValueError:
-        raise Failure(404, "NOT_FOUND", "no such channel") from None
-    rows = await asyncio.to_thread(_channels, who.tenant_id, id_)
+        rows = []
     if not rows:
+        refused(request, "unknown_id", tenant_id=str(who.tenant_id), key_id=str(who.key.id))
         raise Failure(404, "NOT_FOUND", "no such channel")
     return JSONResponse(rows[0])
 

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
     test = _add(commands, "test", "test:test", "run the tests on embedded servers of their own")
     test.add_argument("--cov", action="store_true", help="measure coverage and hold it to its floors")
-    test.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="passed on to pytest")
+    test.epilog = "All other arguments are pytest's: pombal test -k signature -x"
+    test.set_defaults(arguments=[])
 
     web = _add(commands, "web", "fleet:web", "one web process")
     web.add_argument("--port", type=int, default=None, help="$PORT, else 8000")
@@ -117,9 +118,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace; wrong usage exits with 2."""
+    if argv[:1] != ["test"]:
+        return parser().parse_args(argv)
+    ours = ("--cov", "-h", "--help")
+    given = parser().parse_args(["test", *(argument for argument in argv[1:] if argument in ours)])
+    given.arguments = [argument for argument in argv[1:] if argument not in ours]  # pytest's, in their order
+    return given
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(list(sys.argv[1:] if argv is None else argv))
     module, _, function = arguments.does.partition(":")
     try:
         result: int = getattr(importlib.import_module(f"pombal.cli.{module}"), function)(arguments)

@@ -13,16 +13,14 @@ _FLOORS = {"": 85, "models/*": 90, "web/*": 80}  # per cent, as the contract has
 
 def test(given: Namespace) -> int:
     """Exit code of pytest; 1 when coverage is asked for and below a floor."""
-    arguments = [argument for argument in given.arguments if argument != "--cov"]
-    with_coverage = given.cov or "--cov" in given.arguments
     command = [sys.executable, "-m"]
-    command += ["coverage", "run", "-m", "pytest"] if with_coverage else ["pytest"]
+    command += ["coverage", "run", "-m", "pytest"] if given.cov else ["pytest"]
     # A developer's own servers must not be what the tests run on.
     env = {k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "DATABASE_OWNER_URL", "REDIS_URL")}
-    if with_coverage:
+    if given.cov:
         _coverage("erase")
-    code = subprocess.call([*command, *arguments], cwd=ROOT, env=env)  # noqa: S603 - our own interpreter
-    if not with_coverage or code:
+    code = subprocess.call([*command, *given.arguments], cwd=ROOT, env=env)  # noqa: S603 - our own interpreter
+    if not given.cov or code:
         return code
     _coverage("combine", "--quiet")
     for pattern, floor in _FLOORS.items():

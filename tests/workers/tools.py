@@ -13,7 +13,7 @@ from pombal.middleware import is_store_trouble
 from tests.factories import Shop, a_shop, all_of, rows, superuser
 from workers import incoming_message
 
-PATIENCE = 30.0  # seconds; how long a condition may take on a busy machine, never how long it should
+PATIENCE = 60.0  # seconds; how long a condition may take on a busy machine, never how long it should
 
 
 def another_number(shop: Shop, **config: Any) -> Shop:
@@ -101,7 +101,7 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
     end = time.monotonic() + patience
     while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.01)
+        time.sleep(0.05)
     return value
 
 
