@@ -224,7 +224,7 @@ class HardenedBroker(RedisBroker):
         for id_, body in self.client.hscan_iter(bodies, count=500):
             try:
                 message = msgspec.json.decode(body, type=dict[str, Any])
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 continue
             if is_meant(message):
                 with self.client.pipeline() as both:

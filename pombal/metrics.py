@@ -6,6 +6,7 @@ own host's folder. What is shared anyway (queue depths, ages, dead letters) is m
 Labels come from closed sets: never an id, a phone number or free text (security-reliability.md N1).
 """
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -32,6 +33,7 @@ values.ValueClass = values.MutexValue
 REGISTRY = CollectorRegistry()
 PERIOD = 5.0  # seconds between snapshots
 _EXPIRES = 30  # seconds a snapshot counts
+_FORGOTTEN = 3600  # seconds after which a dead process's file is removed
 _PREFIX = "pombal:metrics:"
 _FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (*_FAST, 30, 60, 120, 300)
@@ -114,6 +116,10 @@ class Publisher:
         self._key = f"{socket.gethostname()}:{os.getpid()}"
 
     def start(self) -> "Publisher":
+        for file in host_folder().glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process cleared it away first
+                if time.time() - file.stat().st_mtime > _FORGOTTEN:
+                    file.unlink()
         self._thread.start()
         return self
 
@@ -175,8 +181,9 @@ def fleet(client: redis.Redis) -> tuple[list[Family], bool]:
 def _on_this_host() -> Iterator[bytes]:
     oldest = time.time() - _EXPIRES
     for file in host_folder().glob("*.json"):
-        if file.stat().st_mtime >= oldest:
-            yield file.read_bytes()
+        with contextlib.suppress(FileNotFoundError):  # cleared away just now
+            if file.stat().st_mtime >= oldest:
+                yield file.read_bytes()
 
 
 def _added_up(contents: Iterable[bytes]) -> list[Family]:

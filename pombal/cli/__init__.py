@@ -141,7 +141,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `pombal dead list | head`
         return 0
+    except Exception as error:
+        away = _away(error)
+        if not away:
+            raise
+        print(f"pombal: {away}", file=sys.stderr)  # noqa: T201 - a command's output
+        return 1
     return result
+
+
+def _away(error: Exception) -> str:
+    """One line for a store that does not answer; empty for any other error."""
+    import redis  # only now, so that `--help` stays quick
+
+    from pombal import db, log
+
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return "Redis does not answer: see REDIS_URL"
+    if db.is_store_trouble(error):
+        return f"PostgreSQL does not answer, or not in time ({log.described(error)}): see DATABASE_URL"
+    return ""
 
 
 def say(line: str = "") -> None:

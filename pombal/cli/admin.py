@@ -117,6 +117,8 @@ def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Cha
     for field in ("app_secret", "old_app_secret", "verify_token"):
         if getattr(config, field) is not None and len(getattr(config, field)) < _SHORTEST_SECRET:
             raise Refused(f"{field} is shorter than {_SHORTEST_SECRET} characters")
+    if config.old_app_secret and not config.app_secret:
+        raise Refused("old_app_secret goes with the app_secret that follows it")
     channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.META, name=name)
     channel.config = {
         field: value
@@ -151,7 +153,7 @@ def _app_for(s: Session, tenant: Tenant, config: MetaConfig) -> App:
         app = App(id=uuid7(), slug=slug, tenant_id=None if slug == DEFAULT_SLUG else tenant.id)
         app.seal(app_secrets=[], verify_token="")
         s.add(app)
-    elif config.app_secret and app.tenant_id is None:
+    elif app.tenant_id is None and (config.app_secret or config.verify_token):
         raise Refused(f"the app {slug} is shared; its secrets are set where it was created")
     if config.app_secret or config.verify_token:
         kept = app.secrets()

@@ -95,15 +95,15 @@ def retry(given: Namespace) -> int:
     unknown = [row for row in letters if row.delivery_id is None and row.actor not in broker.actors]
     letters = [row for row in letters if row not in unknown]
     deliveries = sorted({row.delivery_id for row in letters if row.delivery_id})
+    # The sweep rings for rows within seconds; jobs without a row have only this bell, so it rings before they close.
+    for row in letters:
+        if row.delivery_id is None:
+            broker.actors[row.actor].send(*row.args["args"], **row.args["kwargs"])
     with db.session() as s:
         db.see_all(s)
         _close(s, letters, LetterState.RETRIED)
         Delivery.retry(s, deliveries)
     _forget_in_redis(letters)
-    # The sweep rings for the rows within seconds; jobs without a row have only this bell.
-    for row in letters:
-        if row.delivery_id is None:
-            broker.actors[row.actor].send(*row.args["args"], **row.args["kwargs"])
     say(f"{len(letters)} retried" + (f", {len(unknown)} left: no actor of that name here" if unknown else ""))
     return 0
 
@@ -126,8 +126,12 @@ def _forget_in_redis(letters: list[DeadLetter]) -> None:
     rows = {str(row.delivery_id) for row in letters if row.delivery_id}
 
     def is_meant(message: dict[str, Any]) -> bool:
-        ids = message["args"][0] if message.get("args") and isinstance(message["args"][0], list) else []
-        return message.get("message_id") in jobs or (len(ids) == 1 and ids[0] in rows)
+        match message:  # junk lies there too
+            case {"message_id": str(id_)} if id_ in jobs:
+                return True
+            case {"args": [[str(row)], *_]}:
+                return row in rows
+        return False
 
     try:
         for queue in sorted({row.queue for row in letters}):
@@ -144,6 +148,8 @@ def _close(s: Session, letters: list[DeadLetter], state: LetterState) -> None:
 
 def _chosen(given: Namespace, act: str) -> list[DeadLetter]:
     """The letters meant; says how many before acting on several, and asks where somebody can answer."""
+    if not (given.all or given.id or given.fingerprint):  # `dead drop "$ID"` with nothing in it
+        raise NoLetter("an empty id or fingerprint names nothing; --all names every one")
     query: Any = DeadLetter.open_letters(given.fingerprint)
     if given.id:
         query = query.where(DeadLetter.id == _id(given.id))

@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import redis
@@ -10,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from pombal import db
-from pombal.cli import as_json, say
+from pombal.cli import as_json, parser, say
 from pombal.cli.fleet import ROOT, queues
 from pombal.errors import Misconfigured
 from pombal.settings import check_secrets, settings
@@ -57,11 +58,15 @@ def _postgres() -> Iterator[Finding]:
                 yield Finding("error", "the role of DATABASE_URL bypasses row-level security: use another")
             else:
                 yield Finding("ok", "the app's role is bound by row-level security")
-            yield _migrations(connection.scalar(text("SELECT to_regclass('alembic_version')")) is not None)
+            migrations = _migrations(connection.scalar(text("SELECT to_regclass('alembic_version')")) is not None)
+            yield migrations
+            if migrations.level == "error":
+                return  # the tables to look into may not be there
             tomorrow = "'delivery_' || to_char(now() AT TIME ZONE 'UTC' + interval '1 day', 'YYYYMMDD')"
             if connection.scalar(text(f"SELECT to_regclass({tomorrow})")) is None:
                 yield Finding("warning", "tomorrow's partition of delivery is not made yet: is a clock running?")
-            yield from _unreadable_secrets()
+            if not check_secrets(settings()):
+                yield from _unreadable_secrets()
     except Misconfigured as error:
         yield Finding("error", str(error))
     except DBAPIError as error:
@@ -137,8 +142,8 @@ def _procfile() -> Iterator[Finding]:
         yield Finding("ok", "the Procfile's queues are the fleet's")
 
 
-def procfile_queues() -> list[str]:
-    """The queues that the Procfile's worker lines name."""
-    lines = (ROOT / "Procfile").read_text().splitlines()
-    commands = [line.partition(": ")[2].split() for line in lines]
-    return [queue for words in commands if "worker" in words for queue in words[words.index("worker") + 1 :]]
+def procfile_queues(file: Path = ROOT / "Procfile") -> list[str]:
+    """The queues that a Procfile's worker lines name."""
+    commands = [line.partition(": ")[2].split() for line in file.read_text().splitlines()]
+    workers = [words[words.index("worker") :] for words in commands if "worker" in words]
+    return [queue for words in workers for queue in parser().parse_args(words).queues]

@@ -1,5 +1,6 @@
 """Actors by hand: what there is, run one here, enqueue one."""
 
+import inspect
 import os
 from argparse import Namespace
 from typing import Any
@@ -66,8 +67,11 @@ def _job(given: Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
         arguments = msgspec.json.decode(given.arguments)
     except msgspec.DecodeError as error:
         raise WrongJob(f"the arguments are not JSON: {error}") from None
-    if isinstance(arguments, dict):
-        return actor, [], arguments
-    if isinstance(arguments, list):
-        return actor, arguments, {}
-    raise WrongJob("give the arguments as a JSON object or array")
+    if not isinstance(arguments, dict | list):
+        raise WrongJob("give the arguments as a JSON object or array")
+    args, kwargs = (arguments, {}) if isinstance(arguments, list) else ([], arguments)
+    try:
+        inspect.signature(actor.fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise WrongJob(f"{given.actor} does not take these arguments: {error}") from None
+    return actor, args, kwargs

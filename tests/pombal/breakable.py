@@ -65,7 +65,14 @@ class Servers:
     def a_delivery(self, **columns: str) -> str:
         """A row that waits for its bell; columns are SQL expressions."""
         id_ = str(uuid7())
-        given = {"id": f"'{id_}'", "provider": "'meta'", "app_id": "gen_random_uuid()", "raw": "'{}'", "next_ring_at": "now()", **columns}
+        given = {
+            "id": f"'{id_}'",
+            "provider": "'meta'",
+            "app_id": "gen_random_uuid()",
+            "raw": "'{}'",
+            "next_ring_at": "now()",
+            **columns,
+        }
         self.sql(f"INSERT INTO delivery ({', '.join(given)}) VALUES ({', '.join(given.values())})")
         return id_
 
@@ -98,9 +105,7 @@ class Errands:
 
     def post(self, actor: str, id_: str, *more: str, queue: str = "errands", delay: int | None = None) -> str:
         """Enqueue a job as the web tier does; returns its message id."""
-        message = dramatiq.Message(
-            queue_name=queue, actor_name=actor, args=(id_, *more), kwargs={}, options={}
-        )  # type: dramatiq.Message[Any]
+        message = dramatiq.Message(queue_name=queue, actor_name=actor, args=(id_, *more), kwargs={}, options={})  # type: dramatiq.Message[Any]
         return self._broker.enqueue(message, delay=delay).message_id
 
     def put(self, body: bytes, queue: str = "errands") -> None:
@@ -114,7 +119,9 @@ class Errands:
         return self.done().count(what)
 
     def wait_for(self, what: str, times: int = 1) -> None:
-        until(lambda: self.count(what) >= times, why=lambda: f"{what}: {self.count(what)}; {self.worker.text()[-5000:]}")
+        until(
+            lambda: self.count(what) >= times, why=lambda: f"{what}: {self.count(what)}; {self.worker.text()[-5000:]}"
+        )
 
     def letters(self, id_: str) -> list[dict[str, Any]]:
         """The dead letters of the job with this id."""
@@ -139,3 +146,45 @@ def at_work(servers: Servers, queue: str, effects: Path, *, threads: int, env: d
     arguments = ("-m", "dramatiq", "tests.pombal.jobs", "-Q", queue, "-p", "1", "-t", str(threads), "--skip-logging")
     with running(*arguments, env=given, log=log) as worker:
         yield worker
+
+
+def a_message(**fields: Any) -> bytes:
+    """A message of the errands, spoilt by some fields."""
+    given: dict[str, Any] = {
+        "queue_name": "errands",
+        "actor_name": "note",
+        "args": ["junk"],
+        "kwargs": {},
+        "options": {"redis_message_id": "some"},
+        "message_id": "one",
+        "message_timestamp": 1,
+    }
+    return msgspec.json.encode({**given, **fields})
+
+
+JUNK = [
+    b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07a pickle\x94.",
+    b"not JSON",
+    b"",
+    b"[" * 20_000,
+    b"[]",
+    b"5",
+    b"null",
+    b"{}",
+    b'{"queue_name":"errands"}',
+    a_message(queue_name="incoming_message"),
+    a_message(queue_name=None),
+    a_message(args=5),
+    a_message(kwargs=[]),
+    a_message(options=[]),
+    a_message(options=None),
+    a_message(options={}),
+    a_message(options={"redis_message_id": 7}),
+    a_message(actor_name=7),
+    a_message(message_id={}),
+    a_message(message_timestamp="soon"),
+    a_message(more="fields"),
+    # These would end the thread that runs the job, or keep its dead letter from being written.
+    a_message(actor_name="fails", options={"redis_message_id": "some", "throws": "anything"}),
+    a_message(actor_name="fails", options={"redis_message_id": "some", "retries": "many"}),
+]

@@ -16,7 +16,7 @@ import redis
 
 from pombal import metrics
 from pombal.broker import HardenedBroker, Wake, redis_client
-from tests.pombal.breakable import Errands, Servers, at_work
+from tests.pombal.breakable import JUNK, Errands, Servers, at_work
 from tests.pombal.processes import Running, output, running, until
 
 PERIODIQ = ("-c", "import periodiq; periodiq.entrypoint()", "workers")
@@ -119,47 +119,6 @@ def test_a_redis_that_cannot_write_to_its_disk_costs_no_job(errands: Errands, tm
 # ----------------------------------------------------------------------------------------------------------- junk
 
 
-def a_message(**fields: Any) -> bytes:
-    given: dict[str, Any] = {
-        "queue_name": "errands",
-        "actor_name": "note",
-        "args": ["junk"],
-        "kwargs": {},
-        "options": {"redis_message_id": "some"},
-        "message_id": "one",
-        "message_timestamp": 1,
-    }
-    return msgspec.json.encode({**given, **fields})
-
-
-JUNK = [
-    b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07a pickle\x94.",
-    b"not JSON",
-    b"",
-    b"[" * 20_000,
-    b"[]",
-    b"5",
-    b"null",
-    b"{}",
-    b'{"queue_name":"errands"}',
-    a_message(queue_name="incoming_message"),
-    a_message(queue_name=None),
-    a_message(args=5),
-    a_message(kwargs=[]),
-    a_message(options=[]),
-    a_message(options=None),
-    a_message(options={}),
-    a_message(options={"redis_message_id": 7}),
-    a_message(actor_name=7),
-    a_message(message_id={}),
-    a_message(message_timestamp="soon"),
-    a_message(more="fields"),
-    # These would end the thread that runs the job, or keep its dead letter from being written.
-    a_message(actor_name="fails", options={"redis_message_id": "some", "throws": "anything"}),
-    a_message(actor_name="fails", options={"redis_message_id": "some", "retries": "many"}),
-]
-
-
 def test_junk_is_buried_and_counted_and_its_neighbours_are_processed(errands: Errands) -> None:
     before = counted(errands)
     good = [f"neighbour {n}" for n in range(len(JUNK))]
@@ -169,7 +128,9 @@ def test_junk_is_buried_and_counted_and_its_neighbours_are_processed(errands: Er
 
     for id_ in good:
         errands.wait_for(id_)
-    until(errands.is_drained, seconds=10, why=lambda: (errands.servers.messages("errands"), errands.worker.text()[-8000:]))
+    until(
+        errands.is_drained, seconds=10, why=lambda: (errands.servers.messages("errands"), errands.worker.text()[-8000:])
+    )
 
     assert errands.count("junk") == 0
     with asking(errands.servers.valkey.url) as client:
@@ -319,13 +280,18 @@ def test_processes_of_one_worker_share_no_connection(servers: Servers, tmp_path:
 
 def test_the_stock_commands_run_the_fleet(servers: Servers, tmp_path: Path) -> None:
     with asking(servers.valkey.url) as client:
-        client.delete(*(f"dramatiq:{queue}{part}" for queue in ("incoming_message", "doomed") for part in ("", ".msgs")))
+        client.delete(
+            *(f"dramatiq:{queue}{part}" for queue in ("incoming_message", "doomed") for part in ("", ".msgs"))
+        )
         HardenedBroker(client, []).do_enqueue("doomed", "its-id", b"not this worker's")
     (id_,) = [servers.a_delivery()]
     env = {**servers.env, "POMBAL_TEST_EFFECTS": str(tmp_path / "effects")}
 
     # Two schedulers, both send their ticks at once at the start, or at the next minute when that is near.
-    with running(*PERIODIQ, env=env, log=tmp_path / "one") as one, running(*PERIODIQ, env=env, log=tmp_path / "two") as two:
+    with (
+        running(*PERIODIQ, env=env, log=tmp_path / "one") as one,
+        running(*PERIODIQ, env=env, log=tmp_path / "two") as two,
+    ):
         for scheduler in (one, two):
             scheduler.says("workers.incoming_message:incoming_message_tick@incoming_message")
             scheduler.says("Scheduling")

@@ -211,9 +211,7 @@ def quiet(servers: Servers, ticking: None) -> Servers:
     return servers
 
 
-def test_when_worker_and_clock_are_killed_the_other_clock_gives_everything_back(
-    quiet: Servers, tmp_path: Path
-) -> None:
+def test_when_worker_and_clock_are_killed_the_other_clock_gives_everything_back(quiet: Servers, tmp_path: Path) -> None:
     servers = quiet
     ids = [servers.a_delivery(next_ring_at=LATER) for _ in range(12)]
     with (

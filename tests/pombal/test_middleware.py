@@ -125,9 +125,7 @@ def test_a_letter_waits_for_the_database_too(errands: Errands) -> None:
     assert letter["failures"] == 1
 
 
-def test_another_redis_that_is_away_or_full_costs_no_try_and_leaves_no_letter(
-    errands: Errands, tmp_path: Path
-) -> None:
+def test_another_redis_that_is_away_or_full_costs_no_try_and_leaves_no_letter(errands: Errands, tmp_path: Path) -> None:
     with start_valkey(tmp_path, persistence=False) as valkey:
         valkey.kill()
         errands.post("asks_redis", "redis", valkey.url)

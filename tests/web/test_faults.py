@@ -1,5 +1,6 @@
 """200 only after the commit, whatever is killed, frozen or full (W1-W3, D1, D4, D6, D9, D12)."""
 
+import re
 import signal
 import threading
 import time
@@ -228,6 +229,25 @@ def jobs(island: Island) -> int:
         return int(client.hlen("dramatiq:incoming_message.msgs"))
 
 
+def accepted(web: Web) -> float:
+    """How many bodies were accepted, by `/metrics`."""
+    found = re.findall(
+        r'^pombal_webhook_requests_total\{outcome="accepted",provider="meta"\} (.+)$', metrics_of(web), re.M
+    )
+    return float(found[0]) if found else 0.0
+
+
+def is_complete(web: Web, expected: int) -> bool:
+    """Whether `/metrics` says that it has asked the whole fleet (1), or this host only (0)."""
+    return f"\npombal_metrics_complete {float(expected)}\n" in metrics_of(web)
+
+
+def metrics_of(web: Web) -> str:
+    response = web.http.get("/metrics")
+    assert response.status_code == 200
+    return response.text
+
+
 def test_a_wiped_redis_keeps_nobody_waiting(web: Web, island: Island, door: Door) -> None:
     with island.redis() as client:
         client.flushall()
@@ -241,11 +261,14 @@ def test_a_killed_redis_keeps_nobody_waiting(web: Web, island: Island, door: Doo
 
     assert_accepts(web, island, door)
     ready = web.http.get("/ready")
+    own_numbers = until(lambda: is_complete(web, 0) and accepted(web) > 0, time.monotonic() + 20)
     island.valkey.restart()
 
     # Bodies are still accepted, so nobody must take this process away; it is only said.
     assert ready.status_code == 200
     assert ready.json()["notes"] == ["the queue is away: bodies are accepted and wait as rows"]
+    assert own_numbers
+    assert until(lambda: is_complete(web, 1) and accepted(web) > 0, time.monotonic() + 20)
     with island.redis() as client:
         client.flushall()
     assert_accepts(web, island, door)
