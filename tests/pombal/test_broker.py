@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psycopg
 import pytest
-import redis
 
 from pombal import metrics
 from pombal.broker import HardenedBroker, Wake, redis_client
 from tests.pombal.breakable import JUNK, Errands, Servers, at_work
-from tests.pombal.processes import Running, output, running, until
+from tests.pombal.processes import output, running, until
 
 PERIODIQ = ("-c", "import periodiq; periodiq.entrypoint()", "workers")
 
