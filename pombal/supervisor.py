@@ -280,8 +280,7 @@ class Supervisor:
                 keeper.start()
                 keepers.append(keeper)
                 started.wait()
-            asked = self._requests.get()
-            self._shut_down(keepers, asked)
+            self._shut_down(keepers, self._first_request())
         finally:
             self._stopping.set()
             for child in list(self._running.values()):
@@ -296,6 +295,12 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 0
+
+    def _first_request(self) -> float:
+        # A wait without an end could last for ever: of two signals at once one may go to a thread that is not this one.
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._requests.get(timeout=0.2)
 
     def say(self, line: str) -> None:
         """One line of the supervisor's own."""

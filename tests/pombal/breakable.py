@@ -41,7 +41,7 @@ class Servers:
         for body in found:
             with contextlib.suppress(msgspec.DecodeError, RecursionError):
                 messages.append(msgspec.json.decode(body))
-        return [message for message in messages if isinstance(message, dict) and message.get("args")]
+        return [message for message in messages if isinstance(message, dict)]
 
     def waiting(self, queue: str) -> int:
         """How many are in nobody's hands."""
@@ -130,7 +130,9 @@ class Errands:
 
     def buried(self, id_: str) -> list[dict[str, Any]]:
         """The job in its queue's `.XQ`."""
-        return [m for m in self.servers.messages("errands.XQ") if isinstance(m["args"], list) and m["args"][0] == id_]
+        return [
+            m for m in self.servers.messages("errands.XQ") if isinstance(m.get("args"), list) and m["args"][:1] == [id_]
+        ]
 
     def is_drained(self) -> bool:
         """Nothing waits, is delayed, or sits in somebody's hands."""

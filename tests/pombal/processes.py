@@ -1,6 +1,7 @@
 """Real processes of the fleet for tests: started as a host starts them, each leading a group, gone at the end."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -75,6 +76,13 @@ class Running:
             os.kill(self.pid, signal.SIGABRT)
             self.process.wait()
             raise AssertionError(f"it did not end: {self.text()}") from None
+
+
+def tell_a_thread(pid: int, number: signal.Signals) -> None:
+    """Send a signal as the kernel may when two come at once: to a thread that is not the main one. Linux only."""
+    thread = max(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir())
+    assert thread != pid
+    assert ctypes.CDLL(None).tgkill(pid, thread, int(number)) == 0
 
 
 @contextlib.contextmanager

@@ -166,19 +166,19 @@ def counted(errands: Errands) -> float:
 
 
 def test_a_bell_wakes_who_waits_and_junk_on_its_line_does_not_break_it(servers: Servers) -> None:
-    with asking(servers.valkey.url) as client:
-        wake = Wake(client)
-        wake.wait("unattended", 0)  # begins to listen
-        until(lambda: wake.hears)
-        waiter = threading.Thread(target=wake.wait, args=("unattended", 3600), daemon=True)
-        waiter.start()
+    client = redis_client(servers.valkey.url)  # stays open: it is listened on for as long as the process lives
+    wake = Wake(client)
+    wake.wait("unattended", 0)  # begins to listen
+    until(lambda: wake.hears)
+    waiter = threading.Thread(target=wake.wait, args=("unattended", 3600), daemon=True)
+    waiter.start()
 
-        client.publish("pombal:wake", b"\xff\xfe")
-        client.publish("pombal:wake", "of another queue")
-        servers.a_job("nobody", queue="unattended")
+    client.publish("pombal:wake", b"\xff\xfe")
+    client.publish("pombal:wake", "of another queue")
+    servers.a_job("nobody", queue="unattended")
 
-        waiter.join(30)
-        assert not waiter.is_alive()
+    waiter.join(30)
+    assert not waiter.is_alive()
 
 
 def test_a_worker_that_hears_no_bell_finds_its_jobs_all_the_same(servers: Servers, tmp_path: Path) -> None:

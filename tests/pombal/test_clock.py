@@ -23,7 +23,7 @@ from pombal.broker import redis_client
 from pombal.clock import Clock
 from tests import factories
 from tests.pombal.breakable import Servers
-from tests.pombal.processes import Running, running, until
+from tests.pombal.processes import Running, running, tell_a_thread, until
 from workers import broker
 from workers.incoming_message import incoming_message_tick, ring_waiting
 
@@ -287,7 +287,7 @@ def test_a_clock_that_stops_lets_another_take_over_at_once(quiet: Servers, tmp_p
     with a_clock(quiet, tmp_path) as clock:
         until(lambda: quiet.sql("SELECT 1 FROM lease WHERE name = 'sweep' AND until > now()"))
 
-        clock.tell_group(signal.SIGTERM)
+        tell_a_thread(clock.pid, signal.SIGTERM)
 
         assert clock.code(seconds=25) == 0
     assert not quiet.sql("SELECT 1 FROM lease WHERE name = 'sweep' AND until > now()")

@@ -3,10 +3,12 @@
 import json
 import time
 import uuid
+from collections.abc import Callable
 
 import pytest
 
 from pombal.cli import admin
+from pombal.supervisor import until
 from sandbox import meta
 from tests.factories import Shop, a_shop, a_wamid, texts
 from tests.web.process import Web, request
@@ -55,7 +57,7 @@ def secrets_after_all_that(web: Web) -> dict[str, str]:
         "business number": shop.number.display_phone_number,
         "wamid": wamid,
         "key": key,
-        "key's random part": key.rpartition("_")[2],
+        "key's random part": key.split("_", 2)[2],
         "weak key": weak,
         "traceback": "Traceback",
         "a query": "hub.",
@@ -63,11 +65,11 @@ def secrets_after_all_that(web: Web) -> dict[str, str]:
 
 
 def test_nothing_that_was_said_in_confidence_is_in_the_log(web: Web, secrets_after_all_that: dict[str, str]) -> None:
-    log = web.log()
+    lines = web.log().splitlines()
 
-    assert "webhook_rejected" in log
-    found = [name for name, value in secrets_after_all_that.items() if value in log]
-    assert found == []
+    assert any("webhook_received" in line for line in lines)
+    found = {name: line for name, value in secrets_after_all_that.items() for line in lines if value in line}
+    assert found == {}
 
 
 def test_each_line_is_one_json_object_of_bounded_size(web: Web, secrets_after_all_that: dict[str, str]) -> None:
@@ -114,35 +116,44 @@ def test_no_path_and_no_query_forges_a_line(web: Web) -> None:
     assert "forged" not in web.log()
 
 
+def flooded(web: Web, event: str, send: Callable[[], object]) -> tuple[int, float]:
+    """How many lines about `event` a flood leaves, at least one, and how many ten per second would be."""
+    before, began = lines_of(web, event), time.monotonic()
+
+    def is_told() -> bool:
+        for _ in range(400):
+            send()
+        return lines_of(web, event) > before
+
+    # One flood may fall into a second whose lines others have used up.
+    assert until(is_told, time.monotonic() + 30)
+    return lines_of(web, event) - before, 10 * (time.monotonic() - began + 2)
+
+
 def lines_of(web: Web, event: str) -> int:
     return sum(line["event"].startswith(event) for line in web.lines())
 
 
 def test_a_flood_of_refusals_leaves_a_few_lines(web: Web, shop: Shop) -> None:
-    before, began = lines_of(web, "webhook_rejected"), time.monotonic()
-    for _ in range(400):
-        web.http.post(shop.url, content=b"{}", headers={"X-Hub-Signature-256": "sha256=" + "0" * 64})
+    unsigned = {"X-Hub-Signature-256": "sha256=" + "0" * 64}
 
-    allowed = 10 * (time.monotonic() - began + 2)
-    assert 0 < lines_of(web, "webhook_rejected") - before <= allowed
+    lines, most = flooded(web, "webhook_rejected", lambda: web.http.post(shop.url, content=b"{}", headers=unsigned))
+
+    assert lines <= most
 
 
 def test_a_flood_of_noise_leaves_a_few_lines(web: Web) -> None:
-    before, began = len(web.lines()), time.monotonic()
-    for _ in range(400):
-        web.ask(b"\x16\x03\x01\x02\r\n\r\n")
+    lines, most = flooded(web, "Invalid HTTP request", lambda: web.ask(b"\x16\x03\x01\x02\r\n\r\n"))
 
-    allowed = 10 * (time.monotonic() - began + 2)
-    assert 0 < len(web.lines()) - before <= allowed
+    assert lines <= most
 
 
 def test_a_flood_of_bad_keys_leaves_a_few_lines(web: Web) -> None:
-    before, began = lines_of(web, "access_refused"), time.monotonic()
-    for _ in range(400):
-        web.http.get("/api/v1/channels", headers={"Authorization": "Bearer x"})
+    bad = {"Authorization": "Bearer x"}
 
-    allowed = 10 * (time.monotonic() - began + 2)
-    assert 0 < lines_of(web, "access_refused") - before <= allowed
+    lines, most = flooded(web, "access_refused", lambda: web.http.get("/api/v1/channels", headers=bad))
+
+    assert lines <= most
 
 
 def test_an_accepted_body_is_told_by_ids_alone(web: Web, shop: Shop) -> None:
