@@ -1,7 +1,8 @@
 """What was given up, kept beyond Redis until an operator retries or drops it.
 
-One row per job, per quarantined delivery, or per bad element of a delivery (`path`); a letter that comes back after a
-retry reopens its row. It holds ids and reasons, never content.
+One row per job, per quarantined delivery, or per bad element of a delivery (`path`). A delivery's letter that comes
+back after a retry reopens its row, unless somebody dropped that element; a job that fails again is another job. Rows
+hold ids and reasons, never content.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Index, Select, func, select, text
+from sqlalchemy import Index, Select, and_, case, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -56,12 +57,14 @@ class DeadLetter(Dated, Base):
             return
         unique = {row["key"]: row for row in letters}
         statement = insert(DeadLetter)
-        fresh = ("state", "error", "traceback", "fingerprint", "failures", "args")
+        fresh = ("error", "traceback", "fingerprint", "failures", "args")
+        was_dropped = and_(DeadLetter.state == LetterState.DROPPED, DeadLetter.path.is_not(None))
         s.execute(
             statement.on_conflict_do_update(
                 index_elements=["key"],
                 set_={
                     **{name: statement.excluded[name] for name in fresh},
+                    "state": case((was_dropped, LetterState.DROPPED), else_=LetterState.OPEN),
                     "tenant_id": func.coalesce(statement.excluded.tenant_id, DeadLetter.tenant_id),
                     "count": DeadLetter.count + 1,
                     "last_at": func.now(),

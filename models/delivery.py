@@ -19,7 +19,7 @@ from models.base import Base
 from pombal.errors import Temporary
 
 _CLAIM = timedelta(seconds=30)  # for a batch
-_CLAIM_ALONE = timedelta(seconds=10)  # for one body; shorter, so that a body that kills is parked within 120 s
+_CLAIM_ALONE = timedelta(seconds=20)  # for one body: longer than a statement may take, and parked within 120 s
 FATAL_CRASHES = 3
 _RING_AGAIN = timedelta(seconds=30)
 
@@ -106,6 +106,12 @@ class Delivery(Base):
             s.execute(_RELEASE, {"ids": given, "token": token})
 
     @staticmethod
+    def set_apart(s: Session, ids: Iterable[UUID], token: UUID) -> None:
+        """Give up the claim on rows that failed in a batch: they go on alone, each by a job of its own."""
+        if ids := sorted(ids):
+            s.execute(_SET_APART, {"ids": ids, "token": token, "again": _RING_AGAIN})
+
+    @staticmethod
     def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, bool]]:
         """Waiting rows whose bell should ring (again), and whether each is a suspect; sources take turns.
 
@@ -148,19 +154,19 @@ class Delivery(Base):
 _RETURNED = "id, provider, app_id, channel_id, request_id, raw, received_at, attempts, failures, crashes"
 
 _CLAIM_CLEAN = text(f"""
-    UPDATE delivery SET attempts = attempts + 1, claim_token = :token, claimed_alone = :alone,
+    UPDATE delivery SET attempts = attempts + 1, claim_token = :token, claimed_alone = false,
         claimed_until = now() + :length
     WHERE id = ANY(ARRAY(
         SELECT id FROM (
             SELECT id, sum(octet_length(raw)) OVER (ORDER BY id) - octet_length(raw) AS bytes_before FROM delivery
-            WHERE id = ANY(:ids) AND state = 'pending' AND next_attempt_at <= now() AND claim_token IS NULL
+            WHERE id = ANY(:ids) AND state = 'pending' AND (next_attempt_at <= now() OR :alone) AND claim_token IS NULL
         ) AS waiting WHERE bytes_before < :most_bytes
     )) AND state = 'pending' AND claim_token IS NULL
     RETURNING {_RETURNED}
 """)
 
 _CLAIM_SUSPECT = text(f"""
-    UPDATE delivery SET attempts = attempts + 1, claim_token = :token, claimed_alone = :alone,
+    UPDATE delivery SET attempts = attempts + 1, claim_token = :token, claimed_alone = true,
         claimed_until = now() + :length, crashes = crashes + claimed_alone::int
     WHERE id = ANY(:ids) AND state = 'pending' AND claim_token IS NOT NULL AND claimed_until < now()
     RETURNING {_RETURNED}
@@ -204,13 +210,20 @@ _FINISH = text("""
     RETURNING id
 """)
 
+# The row's own job ignores the date (it claims alone); everybody else's batch is spared the row until then.
+_SET_APART = text("""
+    UPDATE delivery SET claim_token = NULL, claimed_until = NULL,
+        next_attempt_at = now() + :again, next_ring_at = now() + :again
+    WHERE id = ANY(:ids) AND claim_token = :token
+""")
+
 _RELEASE = text("""
     UPDATE delivery SET claim_token = NULL, claimed_until = NULL WHERE id = ANY(:ids) AND claim_token = :token
 """)
 
 _FAILED = text("""
     UPDATE delivery SET failures = failures + 1, claim_token = NULL, claimed_until = NULL,
-        next_ring_at = now() + :again, crashes = 0,
+        next_attempt_at = now() + :again, next_ring_at = now() + :again, crashes = 0,
         state = CASE WHEN failures >= :limit THEN 'dead' ELSE state END,
         reason = CASE WHEN failures >= :limit THEN 'failed on every try' ELSE reason END,
         finished_at = CASE WHEN failures >= :limit THEN now() END

@@ -218,6 +218,10 @@ class HardenedBroker(RedisBroker):
             _log.debug("bell_not_heard")  # the message is queued; a consumer looks by itself every second
         return queued
 
+    def waiting(self, queue: str) -> int:
+        """How many messages wait in a queue that no process has fetched yet."""
+        return int(self.client.llen(f"{self.namespace}:{queue}"))
+
     def forget_dead(self, queue: str, is_meant: Callable[[dict[str, Any]], bool]) -> None:
         """Take messages out of `<queue>.XQ`, once an operator has retried or dropped their dead letters."""
         dead, bodies = f"{self.namespace}:{queue}.XQ", f"{self.namespace}:{queue}.XQ.msgs"

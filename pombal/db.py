@@ -80,6 +80,11 @@ def is_store_trouble(error: BaseException) -> bool:
     return state in _STORE_STATES or state[:2] in _STORE_CLASSES or _lost_connection(error)
 
 
+def is_too_slow(error: BaseException) -> bool:
+    """Whether a statement ran into its time limit: the store's trouble, unless less of the same work gets through."""
+    return _sqlstate(error) == "57014"
+
+
 def is_worth_rerunning(error: BaseException) -> bool:
     """Whether the same transaction, run again at once, is expected to succeed (a deadlock)."""
     return _sqlstate(error) in _RERUN_STATES

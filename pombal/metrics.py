@@ -138,9 +138,12 @@ class Publisher:
                 client.set(_PREFIX + self._key, content, ex=_EXPIRES)
             except redis.RedisError:
                 _log.debug("metrics_not_published")
-            partial = file.with_suffix(".part")
-            partial.write_bytes(content)
-            partial.replace(file)
+            try:
+                partial = file.with_suffix(".part")
+                partial.write_bytes(content)
+                partial.replace(file)
+            except OSError:
+                _log.debug("metrics_not_written")  # a full disk, say: the copy in Redis is the one that counts
             if stopping:
                 client.close()
                 return

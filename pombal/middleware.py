@@ -233,23 +233,32 @@ def is_redis_trouble(error: BaseException) -> bool:
 
 def record(message: MessageProxy | Message[Any], error: BaseException, *, failures: int) -> None:
     """Write the dead letter of a job."""
-    with db.session() as s:
-        DeadLetter.record(
-            s,
-            [
-                letter(
-                    key=f"job:{message.message_id}",
-                    actor=message.actor_name,
-                    queue=message.queue_name.removesuffix(".DQ"),
-                    args=list(message.args),
-                    kwargs=dict(message.kwargs),
-                    error=log.described(error),
-                    traceback=log.redacted(error),
-                    cause=cause(error),
-                    failures=failures,
-                )
-            ],
+    _write(
+        letter(
+            key=f"job:{message.message_id}",
+            actor=message.actor_name,
+            queue=message.queue_name.removesuffix(".DQ"),
+            args=list(message.args),
+            kwargs=dict(message.kwargs),
+            error=log.described(error),
+            traceback=log.redacted(error),
+            cause=cause(error),
+            failures=failures,
         )
+    )
+
+
+def _write(row: dict[str, Any]) -> None:
+    for is_last in (False, True):
+        try:
+            with db.session() as s:
+                DeadLetter.record(s, [row])
+            return
+        except Exception as error:
+            # After a restart of the database the pool's connections are dead, and the first use of one says so. To wait
+            # for the next try of the job would be to run it once more.
+            if is_last or not db.is_store_trouble(error):
+                raise
 
 
 def record_junk(queue: str, data: bytes) -> None:
@@ -257,8 +266,7 @@ def record_junk(queue: str, data: bytes) -> None:
     text = "not a message of this fleet (junk, or another encoder)"
     key = f"junk:{hashlib.sha256(data).hexdigest()}"
     try:
-        with db.session() as s:
-            DeadLetter.record(s, [letter(key=key, actor="unknown", queue=queue, args=[], error=text)])
+        _write(letter(key=key, actor="unknown", queue=queue, args=[], error=text))
     except Exception as error:
         if not db.is_store_trouble(error):
             raise

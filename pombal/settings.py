@@ -138,7 +138,8 @@ def data_folder() -> Path:
 
 def _written_down() -> dict[str, str]:
     path = data_folder() / "env"
-    if not path.is_file():
+    # All or nothing: half of a trial run's addresses beside a host's own would migrate or serve the wrong database.
+    if not path.is_file() or os.environ.get("DATABASE_URL") or os.environ.get("REDIS_URL"):
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))

@@ -227,7 +227,8 @@ class _Reader:
         self.each(f"{path}.messages", messages, message)
         self.each(f"{path}.statuses", statuses, status)
         if errors:
-            payload = {"errors": errors}
+            # They carry no time: the same trouble on another number or another day is another notice.
+            payload = {"errors": errors, "metadata": value.get("metadata"), "day": self.received_at.date().isoformat()}
             self.one(f"{path}.errors", payload, lambda at, _: items.append(self.notice(at, "errors", payload, origin)))
         elif not messages and not statuses:  # a list that is new to us, perhaps: keep it
             self.one(path, value, lambda at, _: items.append(self.notice(at, "messages", value, origin)))

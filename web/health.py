@@ -55,8 +55,9 @@ def _may_look(request: Request) -> bool:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     if token and hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):
         return True
-    client = request.client.host if request.client else ""  # a Unix socket has no client: its folder's mode decides
-    return not client or client in _LOOPBACK
+    # A proxy on this host speaks for others. The header is not believed, only that there is one.
+    is_forwarded = any(name in request.headers for name in ("x-forwarded-for", "forwarded", "x-real-ip"))
+    return not is_forwarded and request.client is not None and request.client.host in _LOOPBACK
 
 
 @cache

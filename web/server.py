@@ -155,6 +155,7 @@ def serve(app: Any, host: str, port: int) -> None:
         access_log=False,  # the webhook's own line says more, and no URL with a token in it
         log_config=None,
         server_header=False,
+        proxy_headers=False,
         date_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_GRACE,

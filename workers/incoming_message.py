@@ -17,13 +17,14 @@ from typing import Any, NoReturn, TypeAlias
 from uuid import UUID, uuid4
 
 from sqlalchemy import Row, RowMapping, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from models import App, DeadLetter, Delivery, DeliveryState, Route, Tick
 from models.dead_letter import letter
 from models.delivery import FATAL_CRASHES, LostClaim
 from pombal import db, log, metrics
-from pombal.broker import actor, cron
+from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent, Rejected
 from pombal.ids import born
 from pombal.middleware import GivenUp, cause, is_store_trouble
@@ -34,11 +35,12 @@ _log = log.get()
 
 BATCH = 200  # deliveries in one job
 _BATCH_BYTES = 8 * 1024 * 1024  # … and about so much of them in memory at a time; one alone may have 4 MiB
+_ENOUGH_JOBS = 1_000  # in the queue: more bells would tell nobody anything
 _RERUNS = 5
 _MOST_LETTERS = 100  # of one delivery; a body of four million commas must not become as many rows
 _LATE = timedelta(seconds=2)
 
-# A suspect may take this process down: nobody else's solitary claim must be alive in it then, or it would be blamed.
+# A suspect may take this process down: no other suspect must be alive in it then, or it would be blamed as well.
 _one_suspect = threading.Lock()
 
 
@@ -60,9 +62,12 @@ def incoming_message(ids: list[str]) -> None:
         if sum(len(row["raw"]) for row in claimed) >= _BATCH_BYTES and len(claimed) < len(wanted):
             rest = set(wanted) - {row["id"] for row in claimed}
             incoming_message.send(sorted(str(id_) for id_ in rest))
-    elif len(wanted) == 1:
-        with _one_suspect:
+    # Waiting longer for the turn would keep this thread from others' rows; the sweep rings for the suspect again.
+    elif len(wanted) == 1 and _one_suspect.acquire(timeout=1):
+        try:
             process_suspect(wanted[0], token)
+        finally:
+            _one_suspect.release()
 
 
 @actor(queue="incoming_message", max_retries=0, periodic=cron("* * * * *"))
@@ -71,12 +76,32 @@ def incoming_message_tick() -> None:
     with db.session() as s:
         if not Tick.claim(s, "incoming_message"):
             return
-        s.execute(text("SELECT make_partitions(7)"))
+    make_partitions()
     ring_waiting()
 
 
+def make_partitions() -> None:
+    """Make what is missing of the coming week. It needs a lock on all of the table for a moment, and waits for none.
+
+    Somebody who reads the table for long (a backup) would make us wait, and everybody who writes wait behind us.
+    """
+    try:
+        with db.session() as s:
+            s.execute(text("SET LOCAL lock_timeout = '100ms'"))
+            s.execute(text("SELECT make_partitions(7)"))
+    except OperationalError as error:
+        if not is_store_trouble(error):
+            raise
+        _log.warning("partitions_not_made", error=log.described(error))  # the next minute tries again
+
+
 def ring_waiting(*, at_once: bool = False, limit: int = 10 * BATCH) -> int:
-    """Enqueue jobs for deliveries that wait and were not rung lately; returns how many. Suspects get a job each."""
+    """Enqueue jobs for deliveries that wait and were not rung lately; returns how many. Suspects get a job each.
+
+    While enough jobs wait already, no more are added: nobody works, or not fast enough. `at_once` does not ask.
+    """
+    if not at_once and isinstance(broker, HardenedBroker) and broker.waiting("incoming_message") > _ENOUGH_JOBS:
+        return 0
     with db.session() as s:
         waiting = Delivery.to_ring(s, limit, at_once=at_once)
     for start in range(0, len(waiting), BATCH):
@@ -177,7 +202,7 @@ def commit_or_isolate(batch: list[Reading], token: UUID) -> list[Reading]:
     except LostClaim:
         raise
     except Exception as error:
-        if len(batch) == 1 or not is_own(error):
+        if len(batch) == 1 or not (is_own(error) or db.is_too_slow(error)):
             raise
     return commit(batch, token, apply_isolated)
 
@@ -195,7 +220,7 @@ def commit(batch: list[Reading], token: UUID, how: "Apply") -> list[Reading]:
                     routes.quarantine(reading)
                 DeadLetter.record(s, [row for reading in good for row in reading.letters])
                 Delivery.finish(s, {reading.id: reading.verdict() for reading in good}, token)
-                Delivery.release(s, [reading.id for reading in bad], token)
+                Delivery.set_apart(s, [reading.id for reading in bad], token)
             return bad
         except Exception as error:
             if not db.is_worth_rerunning(error) or attempt == _RERUNS:
@@ -231,7 +256,7 @@ def apply_isolated(s: Session, batch: list[Reading], routes: "Routes") -> list[R
         with s.begin_nested():
             return apply_together(s, batch, routes)
     except Exception as error:
-        if not is_own(error):
+        if not (is_own(error) or db.is_too_slow(error)):
             raise
         if len(batch) == 1:
             return batch

@@ -77,6 +77,17 @@ def parser() -> argparse.ArgumentParser:
     revoke.add_argument("tenant")
     revoke.add_argument("id")
 
+    app = _group(commands, "app", "Meta apps")
+    rotate = _add(
+        app,
+        "rotate",
+        "admin:rotate_app",
+        "a new app secret, from standard input; the one before stays valid",
+        as_json=True,
+    )
+    rotate.add_argument("slug", help="the last part of its webhook URL, or `default`")
+    rotate.add_argument("--finish", action="store_true", help="nothing new: the one before is no longer valid")
+
     channel = _group(commands, "channel", "numbers on providers")
     create = _add(channel, "create", "admin:create_channel", "a new channel", as_json=True)
     create.add_argument("tenant")

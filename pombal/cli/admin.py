@@ -1,6 +1,7 @@
 """Tenants, API keys and channels."""
 
 import re
+import sys
 from argparse import Namespace
 from typing import Any
 from uuid import UUID
@@ -157,12 +158,40 @@ def _app_for(s: Session, tenant: Tenant, config: MetaConfig) -> App:
         raise Refused(f"the app {slug} is shared; its secrets are set where it was created")
     if config.app_secret or config.verify_token:
         kept = app.secrets()
-        secrets = [one for one in (config.app_secret, config.old_app_secret) if one] or kept["app_secrets"]
+        secrets = kept["app_secrets"]
+        if config.app_secret:  # one that is in use stays valid: a mistyped new one must not shut the app
+            secrets = _with_the_one_before(
+                config.app_secret, [config.old_app_secret] if config.old_app_secret else secrets
+            )
         app.seal(app_secrets=secrets, verify_token=config.verify_token or kept["verify_token"])
     if not app.secrets()["app_secrets"] and not (app.slug == DEFAULT_SLUG and settings().whatsapp_app_secret):
         raise Refused("app_secret is needed: without one every webhook would be refused")
     s.flush()
     return app
+
+
+def rotate_app(given: Namespace) -> int:
+    """Two secrets are valid at once while Meta's is being changed; web processes know within seconds."""
+    require_secrets()
+    secret = "" if given.finish else sys.stdin.readline().strip()
+    with db.session() as s:
+        app = s.scalars(App.by_slug(given.slug)).first()
+        if app is None:
+            raise Refused(f"there is no app {given.slug}")
+        kept = app.secrets()
+        if given.finish:
+            secrets = kept["app_secrets"][:1]
+        elif len(secret) < _SHORTEST_SECRET:
+            raise Refused(f"the secret on standard input is shorter than {_SHORTEST_SECRET} characters")
+        else:
+            secrets = _with_the_one_before(secret, kept["app_secrets"])
+        app.seal(app_secrets=secrets, verify_token=kept["verify_token"])
+    _show(given, {"app": app.slug, "valid_secrets": len(secrets)})
+    return 0
+
+
+def _with_the_one_before(secret: str, kept: list[str]) -> list[str]:
+    return [secret, *[one for one in kept if one != secret][:1]]
 
 
 def list_channels(given: Namespace) -> int:

@@ -103,6 +103,9 @@ def retry(given: Namespace) -> int:
         db.see_all(s)
         _close(s, letters, LetterState.RETRIED)
         Delivery.retry(s, deliveries)
+        # The whole body is processed again, so whatever else was bad in it gets its say again too.
+        again = update(DeadLetter).where(DeadLetter.delivery_id.in_(deliveries), DeadLetter.state == LetterState.OPEN)
+        s.execute(again.values(state=LetterState.RETRIED))
     _forget_in_redis(letters)
     say(f"{len(letters)} retried" + (f", {len(unknown)} left: no actor of that name here" if unknown else ""))
     return 0

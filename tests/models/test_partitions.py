@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from pombal import db
 from pombal.ids import uuid7
 from tests.factories import a_delivery, a_shop, superuser, texts
-from workers import incoming_message
+from workers.incoming_message import incoming_message, make_partitions
 
 PARENTS = ("delivery", "event")
 
@@ -110,3 +110,22 @@ def partitions() -> set[str]:
 
 def day_of(id_: UUID) -> date:
     return datetime.fromtimestamp((id_.int >> 80) / 1000, UTC).date()
+
+
+def test_making_partitions_waits_for_nobody_who_reads_for_long() -> None:
+    with superuser() as backup:
+        day = backup.execute("SELECT to_char(now() AT TIME ZONE 'UTC' + interval '7 days', 'YYYYMMDD')").fetchone()
+        assert day is not None
+        backup.execute(f"DROP TABLE event_{day[0]}")
+        with backup.transaction():
+            backup.execute("SELECT count(*) FROM event")
+
+            make_partitions()  # returns, and leaves it to the next minute
+
+            assert backup.execute("SELECT to_regclass(%s)", [f"event_{day[0]}"]).fetchone() == (None,)
+
+    make_partitions()
+    with superuser() as connection:
+        assert connection.execute("SELECT to_regclass(%s)::text", [f"event_{day[0]}"]).fetchone() == (
+            f"event_{day[0]}",
+        )

@@ -1,6 +1,7 @@
 """What an operator types, and what is answered: 0 for done, 1 for a failure that says why, 2 for wrong usage."""
 
 import argparse
+import io
 import re
 import socket
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from sqlalchemy import select
 
-from models import ApiKey, DeadLetter, Tenant
+from models import ApiKey, App, DeadLetter, Tenant
 from models.dead_letter import letter
 from pombal import db
 from pombal.broker import redis_client
@@ -281,6 +282,38 @@ def test_an_older_secret_alone_does_not_replace_the_newest(terminal: Terminal, t
 
 
 # ----------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_an_apps_secret_is_rotated_with_both_valid_until_it_is_finished(
+    terminal: Terminal, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = uuid4().hex, uuid4().hex
+    terminal(*channel(tenant, app_secret=old))
+
+    def secrets() -> list[str]:
+        with db.session() as s:
+            kept: list[str] = s.scalars(App.by_slug(tenant.slug)).one().secrets()["app_secrets"]
+            return kept
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(new + "\n"))
+    assert terminal.json("app", "rotate", tenant.slug)["valid_secrets"] == 2
+    assert secrets() == [new, old]
+    assert terminal.json("app", "rotate", tenant.slug, "--finish")["valid_secrets"] == 1
+    assert secrets() == [new]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("short\n"))
+    assert "shorter" in terminal.refused("app", "rotate", tenant.slug)
+    assert "no app" in terminal.refused("app", "rotate", f"no-{tenant.slug}"[:40])
+
+
+def test_a_second_number_with_another_secret_does_not_shut_the_app(terminal: Terminal, tenant: Tenant) -> None:
+    good, mistyped = uuid4().hex, uuid4().hex
+    terminal(*channel(tenant, app_secret=good))
+
+    terminal(*channel(tenant, phone_number_id="3", app_secret=mistyped))
+
+    with db.session() as s:
+        assert s.scalars(App.by_slug(tenant.slug)).one().secrets()["app_secrets"] == [mistyped, good]
 
 
 def test_actors_are_listed_with_their_queues_and_what_waits(terminal: Terminal, queues: None) -> None:

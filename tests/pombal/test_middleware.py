@@ -125,6 +125,18 @@ def test_a_letter_waits_for_the_database_too(errands: Errands) -> None:
     assert letter["failures"] == 1
 
 
+def test_connections_that_died_with_a_database_cost_no_further_run(errands: Errands) -> None:
+    errands.post("fails", "connected")
+    until(lambda: errands.letters("connected"))
+    with killed(errands.servers):
+        pass
+
+    errands.post("fails", "reconnected")
+
+    until(lambda: errands.buried("reconnected") and errands.is_drained())
+    assert errands.count("reconnected") == 3
+
+
 def test_another_redis_that_is_away_or_full_costs_no_try_and_leaves_no_letter(errands: Errands, tmp_path: Path) -> None:
     with start_valkey(tmp_path, persistence=False) as valkey:
         valkey.kill()

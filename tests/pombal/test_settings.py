@@ -161,6 +161,17 @@ def test_what_up_wrote_down_is_read(environment: pytest.MonkeyPatch, tmp_path: P
     assert settings().port == 8123
 
 
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
+def test_a_trial_runs_addresses_are_never_mixed_with_a_hosts_own(
+    environment: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "env").write_text("DATABASE_OWNER_URL=postgresql://trial@/d\nPOMBAL_MODE=development\n")
+    environment.setenv(name, "unix:///somewhere")
+
+    assert settings().database_owner_url == ""
+    assert settings().is_production
+
+
 def test_the_environment_goes_before_what_was_written_down(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "env").write_text("PORT=1\nLOG_LEVEL=ERROR\n")
     environment.setenv("PORT", "2")

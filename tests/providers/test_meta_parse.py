@@ -236,7 +236,26 @@ def test_errors_without_a_message_are_a_notice() -> None:
     (made,) = items(a_body(a_value(errors=errors)))
 
     assert isinstance(made, Notice)
-    assert (made.path, made.type, made.payload) == (f"{VALUE}.errors", "errors", {"errors": errors})
+    assert (made.path, made.type) == (f"{VALUE}.errors", "errors")
+    assert made.payload["errors"] == errors
+    assert made.payload["metadata"]["phone_number_id"] == NUMBER
+
+
+def test_the_same_error_is_news_on_another_number_and_on_another_day() -> None:
+    errors = [{"code": 130429, "title": "Rate limit hit"}]
+    here = json.dumps(a_body(a_value(errors=errors))).encode()
+    there = here.replace(NUMBER.encode(), b"1234567")
+
+    digests = [
+        item.digest
+        for raw, at in ((here, NOW), (here, NOW), (there, NOW), (here, NOW + timedelta(days=1)))
+        for change in parse(raw, at).changes
+        for item in change.items
+        if isinstance(item, Notice)
+    ]
+
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_errors_beside_several_messages_are_a_notice() -> None:

@@ -39,6 +39,20 @@ def test_a_body_that_the_database_refuses_leaves_its_199_neighbours_alone(on_sto
     assert enqueued() == [[[str(ids[77])]]]
 
 
+def test_a_body_that_failed_in_one_batch_spoils_no_other_while_it_waits_for_its_own_job(on_storing: OnStoring) -> None:
+    shop = a_shop()
+    tries = on_storing(POISON, REFUSE)
+    [poison, *others] = deliveries(shop, [texts(shop, f"wamid.{n}", body=POISON if n == 0 else "oi") for n in range(3)])
+    run([poison, *others])
+    before = tries()
+
+    more = deliveries(shop, [texts(shop, f"wamid.more{n}") for n in range(3)])
+    run([poison, *more])
+
+    assert tries() == before
+    assert set(states(more).values()) == {"done"}
+
+
 def test_a_body_that_the_database_refuses_is_tried_four_times_and_then_dead(on_storing: OnStoring) -> None:
     shop = a_shop()
     tries = on_storing(POISON, REFUSE)

@@ -7,8 +7,10 @@ import pytest
 
 from models import Delivery
 from pombal import db
+from pombal.broker import HardenedBroker
 from pombal.ids import uuid7
 from tests.factories import Shop, a_shop, a_wamid, all_of, delivery, texts
+from workers import broker
 from workers.incoming_message import BATCH, incoming_message, ring_waiting
 
 pytestmark = pytest.mark.usefixtures("queues")
@@ -86,3 +88,15 @@ def test_a_backlog_is_rung_for_once_and_not_again_for_a_while() -> None:
         again = [id_ for id_, _ in Delivery.to_ring(s, 2_000) if id_ in ids]
 
     assert again == []
+
+
+def test_the_sweep_adds_no_jobs_while_enough_wait_that_nobody_takes() -> None:
+    assert isinstance(broker, HardenedBroker)
+    shop = a_shop()
+    ids = flood(shop, 3)
+    with db.session() as s:
+        Delivery.retry(s, ids)
+    broker.client.rpush("dramatiq:incoming_message", *range(1_001))
+
+    assert ring_waiting() == 0
+    assert ring_waiting(at_once=True) == 3  # Redis lost its queues: what waits there is no bell of ours
