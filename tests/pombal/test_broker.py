@@ -227,6 +227,7 @@ def pending(servers: Servers, ids: list[str]) -> set[str]:
 
 
 def test_two_sigterms_to_the_whole_group_end_a_worker_in_order(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("incoming_message")
     ids = [servers.a_delivery() for _ in range(20)]
     held = "SELECT count(*) AS n FROM pg_locks WHERE relation = 'delivery'::regclass AND NOT granted"
     with (
@@ -250,6 +251,7 @@ def test_two_sigterms_to_the_whole_group_end_a_worker_in_order(servers: Servers,
 
 
 def test_a_worker_stops_in_order_while_redis_is_away(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("doomed")
     with at_work(servers, "doomed", tmp_path / "effects", threads=1, env={}) as worker:
         errands = Errands(servers, worker, tmp_path / "effects")
         errands.post("is_on_a_doomed_queue", "much later", queue="doomed", delay=3_600_000)
@@ -265,6 +267,7 @@ def test_a_worker_stops_in_order_while_redis_is_away(servers: Servers, tmp_path:
 
 
 def test_processes_of_one_worker_share_no_connection(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("incoming_message")
     ids = [servers.a_delivery() for _ in range(60)]
     arguments = ("-m", "pombal", "worker", "incoming_message", "--processes", "2")
     with running(*arguments, env=servers.env, log=tmp_path / "log") as worker:
@@ -277,10 +280,8 @@ def test_processes_of_one_worker_share_no_connection(servers: Servers, tmp_path:
 
 
 def test_the_stock_commands_run_the_fleet(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("incoming_message", "doomed")
     with asking(servers.valkey.url) as client:
-        client.delete(
-            *(f"dramatiq:{queue}{part}" for queue in ("incoming_message", "doomed") for part in ("", ".msgs"))
-        )
         HardenedBroker(client, []).do_enqueue("doomed", "its-id", b"not this worker's")
     (id_,) = [servers.a_delivery()]
     env = {**servers.env, "POMBAL_TEST_EFFECTS": str(tmp_path / "effects")}

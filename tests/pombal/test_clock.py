@@ -207,8 +207,7 @@ def quiet(servers: Servers, ticking: None) -> Servers:
     """Nothing waits, and nobody holds the lease."""
     servers.sql("UPDATE delivery SET state = 'done'")
     servers.sql("DELETE FROM lease")
-    with redis_client(servers.valkey.url) as client:
-        client.delete("dramatiq:incoming_message", "dramatiq:incoming_message.msgs")
+    servers.clear("incoming_message")
     return servers
 
 

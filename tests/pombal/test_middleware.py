@@ -165,6 +165,7 @@ def test_a_thread_that_dies_ends_the_process_so_that_its_host_starts_it_again(se
 
 
 def test_a_job_whose_end_is_cut_short_is_not_lost(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("doomed")
     with (
         at_work(servers, "doomed", tmp_path / "effects", threads=2, env={}) as worker,
         psycopg.connect(servers.postgres.database_url("postgres", "pombal")) as blocker,
@@ -184,6 +185,7 @@ def test_a_job_whose_end_is_cut_short_is_not_lost(servers: Servers, tmp_path: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_worker_goes_on_when_its_master_was_killed(servers: Servers, tmp_path: Path) -> None:
+    servers.clear("doomed")
     with at_work(servers, "doomed", tmp_path / "effects", threads=2, env={}) as worker:
         errands = Errands(servers, worker, tmp_path / "effects")
         errands.post("is_on_a_doomed_queue", "before", queue="doomed")
