@@ -175,6 +175,11 @@ class HardenedConsumer(_RedisConsumer):
     def requeue(self, messages: Any) -> None:
         self._answered(super().requeue, messages)
 
+    def close(self) -> None:
+        """Give back what was fetched and not handed on yet; stock Dramatiq leaves it in a stopped worker's hands."""
+        fetched, self.message_cache = self.message_cache, []
+        self.requeue([message for message in map(self._decoded, fetched) if message])
+
     @staticmethod
     def _answered(answer: Callable[[Any], None], given: Any) -> None:
         try:

@@ -138,11 +138,14 @@ def data_folder() -> Path:
 
 def _written_down() -> dict[str, str]:
     path = data_folder() / "env"
-    # All or nothing: half of a trial run's addresses beside a host's own would migrate or serve the wrong database.
-    if not path.is_file() or os.environ.get("DATABASE_URL") or os.environ.get("REDIS_URL"):
+    if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    written = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    # All or nothing: half of a trial run's addresses beside a host's own would migrate or serve the wrong database.
+    servers = ("DATABASE_URL", "REDIS_URL")
+    is_of_this_host = all(os.environ.get(name) in (None, "", written.get(name)) for name in servers)
+    return written if is_of_this_host else {}
 
 
 def _postgresql(name: str, url: str) -> str:

@@ -250,6 +250,20 @@ def test_two_sigterms_to_the_whole_group_end_a_worker_in_order(servers: Servers,
     assert sum(servers.waiting(queue) for queue in queues) == len(left)
 
 
+def test_a_consumer_that_ends_gives_back_what_it_has_not_handed_on(servers: Servers) -> None:
+    servers.clear("unattended")
+    for _ in range(4):
+        servers.a_job("nobody", queue="unattended")
+    with asking(servers.valkey.url) as client:
+        consumer: Any = HardenedBroker(client, []).consume("unattended", prefetch=4)
+        assert next(consumer)
+        assert (servers.waiting("unattended"), servers.fetched("unattended")) == (0, 4)
+
+        consumer.close()
+
+    assert (servers.waiting("unattended"), servers.fetched("unattended")) == (3, 1)
+
+
 def test_a_worker_stops_in_order_while_redis_is_away(servers: Servers, tmp_path: Path) -> None:
     servers.clear("doomed")
     with at_work(servers, "doomed", tmp_path / "effects", threads=1, env={}) as worker:
