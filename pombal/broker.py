@@ -178,7 +178,10 @@ class HardenedConsumer(_RedisConsumer):
     def close(self) -> None:
         """Give back what was fetched and not handed on yet; stock Dramatiq leaves it in a stopped worker's hands."""
         fetched, self.message_cache = self.message_cache, []
-        self.requeue([message for message in map(self._decoded, fetched) if message])
+        self._answered(self._give_back, fetched)
+
+    def _give_back(self, fetched: list[bytes | None]) -> None:
+        super().requeue([one for one in map(self._decoded, fetched) if one])  # type: ignore[no-untyped-call] # Dramatiq's
 
     @staticmethod
     def _answered(answer: Callable[[Any], None], given: Any) -> None:
