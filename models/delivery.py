@@ -38,7 +38,7 @@ class LostClaim(Temporary):
 class Delivery(Base):
     __tablename__ = "delivery"
     __table_args__ = (
-        # For taking sources in turn: each source's oldest, however many rows another has (`_IN_TURN`).
+        # For taking sources in turn: each source's oldest, however many rows another has (`_in_turn`).
         Index(
             "ix_delivery_source", text("coalesce(app_id, channel_id)"), "id", postgresql_where=text("state = 'pending'")
         ),

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -72,6 +72,11 @@ def see_all(s: Session) -> None:
             "SELECT set_config('app.tenant_ids', coalesce((SELECT array_agg(id)::text FROM tenant), '{}'), true)",
         )
     )
+
+
+def skips_policies(connection: Connection) -> bool:
+    """Whether the role of this connection bypasses row-level security: the fleet must not run as such a one."""
+    return bool(connection.scalar(text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")))
 
 
 def is_store_trouble(error: BaseException) -> bool:

@@ -51,10 +51,7 @@ def _postgres() -> Iterator[Finding]:
             number = int(connection.scalar(text("SHOW server_version_num")) or 0)
             level: Literal["ok", "error"] = "ok" if number >= 140000 else "error"
             yield Finding(level, f"PostgreSQL {number // 10000}.{number % 10000} (14 or newer is needed)")
-            powerful = connection.scalar(
-                text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
-            )
-            if powerful:
+            if db.skips_policies(connection):
                 yield Finding("error", "the role of DATABASE_URL bypasses row-level security: use another")
             else:
                 yield Finding("ok", "the app's role is bound by row-level security")

@@ -84,16 +84,13 @@ def _ready(event: str) -> None:
 
 def refuse_powerful_role() -> None:
     """Raises `Misconfigured` when the app's role skips policies. A database that is away is no reason to stay down."""
-    from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError
 
     from pombal import db
 
     try:
         with db.engine().connect() as connection:
-            powerful = connection.scalar(
-                text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
-            )
+            powerful = db.skips_policies(connection)
     except DBAPIError as error:
         if not db.is_store_trouble(error):
             raise
