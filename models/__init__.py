@@ -2,6 +2,7 @@
 
 from models.api_key import ApiKey
 from models.app import App
+from models.attempt import Attempt, Outcome
 from models.base import Base, Tenanted
 from models.channel import Channel, ChannelKind, Route, RouteKind
 from models.clockwork import Lease, Tick
@@ -10,6 +11,7 @@ from models.conversation import Conversation
 from models.dead_letter import DeadLetter
 from models.delivery import Delivery, DeliveryState
 from models.event import Event, Seen
+from models.lane import Hold, Lane
 from models.media import Media
 from models.message import Message, MessageStatus, StatusReport
 from models.template import Template
@@ -18,6 +20,7 @@ from models.tenant import Tenant
 __all__ = [
     "ApiKey",
     "App",
+    "Attempt",
     "Base",
     "Channel",
     "ChannelKind",
@@ -28,10 +31,13 @@ __all__ = [
     "Delivery",
     "DeliveryState",
     "Event",
+    "Hold",
+    "Lane",
     "Lease",
     "Media",
     "Message",
     "MessageStatus",
+    "Outcome",
     "Route",
     "RouteKind",
     "Seen",

@@ -45,6 +45,21 @@ class Conversation(Tenanted, Dated, Base):
         if given:
             s.execute(_TOUCH, given_rows(given))
 
+    @staticmethod
+    def windows(s: Session, keys: list[tuple[UUID, UUID]]) -> dict[tuple[UUID, UUID], datetime | None]:
+        """Until when `(tenant, conversation)` are open to free-form messages, where there are such; None: unknown."""
+        if not keys:
+            return {}
+        given = [{"tenant_id": tenant_id, "id": id_} for tenant_id, id_ in sorted(set(keys))]
+        return {(row.tenant_id, row.id): row.window_until for row in s.execute(_WINDOWS, given_rows(given))}
+
+
+_WINDOWS = text(f"""
+    SELECT c.tenant_id, c.id, c.window_until FROM {rows(tenant_id="uuid", id="uuid")}
+    CROSS JOIN LATERAL (
+        SELECT * FROM conversation AS c WHERE (c.tenant_id, c.id) = (given.tenant_id, given.id) OFFSET 0
+    ) AS c
+""")
 
 _TOUCH = text(f"""
     INSERT INTO conversation AS c (tenant_id, id, channel_id, contact_id, last_message_at, window_until, unread_count)

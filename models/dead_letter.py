@@ -1,8 +1,8 @@
 """What was given up, kept beyond Redis until an operator retries or drops it.
 
-One row per job, per quarantined delivery, or per bad element of a delivery (`path`). A delivery's letter that comes
-back after a retry reopens its row, unless somebody dropped that element; a job that fails again is another job. Rows
-hold ids and reasons, never content.
+One row per job, per quarantined delivery, per bad element of a delivery (`path`), or per outgoing message that was
+given up. A letter of a delivery or message that comes back after a retry reopens its row, unless somebody dropped that
+element; a job that fails again is another job. Rows hold ids and reasons, never content.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ class DeadLetter(Dated, Base):
     __table_args__ = (
         Index("ix_dead_letter_open", "fingerprint", postgresql_where=text("state = 'open'")),
         Index("ix_dead_letter_delivery_id", "delivery_id"),
+        Index("ix_dead_letter_message_id", "message_id", postgresql_where=text("message_id IS NOT NULL")),
     )
 
     id: Mapped[UUID] = id_column()
@@ -42,6 +43,7 @@ class DeadLetter(Dated, Base):
     queue: Mapped[str]
     args: Mapped[dict[str, Any]]  # `{"args": […], "kwargs": {…}}` of the job: ids and small values
     delivery_id: Mapped[UUID | None]
+    message_id: Mapped[UUID | None]  # an outgoing message that was given up
     path: Mapped[str | None]
     error: Mapped[str]
     traceback: Mapped[str | None]
@@ -90,6 +92,7 @@ def letter(
     queue: str | None = None,
     tenant_id: UUID | None = None,
     delivery_id: UUID | None = None,
+    message_id: UUID | None = None,
     path: str | None = None,
     traceback: str | None = None,
     cause: str | None = None,
@@ -105,6 +108,7 @@ def letter(
         "queue": queue or actor,
         "args": {"args": args, "kwargs": kwargs or {}},
         "delivery_id": delivery_id,
+        "message_id": message_id,
         "path": path,
         "error": error,
         "traceback": traceback,

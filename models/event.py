@@ -3,10 +3,12 @@
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import ForeignKeyConstraint, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Dated, Tenanted, given_rows, id_column, rows
+from pombal.ids import uuid7
 
 
 class Event(Tenanted, Dated, Base):
@@ -19,6 +21,20 @@ class Event(Tenanted, Dated, Base):
     channel_id: Mapped[UUID | None]
     message_id: Mapped[UUID | None]
     payload: Mapped[dict[str, Any]]
+
+    @staticmethod
+    def row(
+        kind: str, tenant_id: UUID, channel_id: UUID | None, message_id: UUID | None, payload: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One row for `append`."""
+        return {
+            "tenant_id": tenant_id,
+            "id": uuid7(),
+            "type": kind,
+            "channel_id": channel_id,
+            "message_id": message_id,
+            "payload": msgspec.json.encode(payload).decode(),
+        }
 
     @staticmethod
     def append(s: Session, given: list[dict[str, Any]]) -> None:

@@ -1,4 +1,12 @@
-"""One message, in or out, and what the provider has said became of it."""
+"""One message, in or out, and what the provider has said became of it.
+
+An outgoing one that somebody asked us to send also has a place in its channel's line (`models/outgoing.py`):
+
+    queued ─▶ sending ─▶ sent ─▶ delivered ─▶ read (played)       `cancelled` while queued
+      ▲          ├──▶ failed (refused for good)
+      ├── again ─┤
+      └─ policy ─┴──▶ unknown (no answer; a status, the channel's policy or an operator decides)
+"""
 
 from datetime import datetime
 from enum import StrEnum
@@ -35,6 +43,9 @@ RISING = (
 )
 
 
+IN_LINE = "status IN ('queued', 'sending', 'unknown')"
+
+
 class Message(Tenanted, Dated, Base):
     __tablename__ = "message"
     __table_args__ = (
@@ -44,6 +55,17 @@ class Message(Tenanted, Dated, Base):
         belongs_to("contact", "contact_id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
         UniqueConstraint("tenant_id", "channel_id", "provider_id"),
         Index("ix_message_conversation", "tenant_id", "conversation_id", "id"),
+        # What a lane may take next, the oldest first; and who is before whom in one conversation.
+        Index("ix_message_due", "tenant_id", "channel_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),
+        Index("ix_message_line", "tenant_id", "conversation_id", "turn_at", "id", postgresql_where=text(IN_LINE)),
+        Index("ix_message_sending", "tenant_id", "channel_id", postgresql_where=text("status = 'sending'")),
+        Index(
+            "uq_message_idempotency_key",
+            "tenant_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
     )
 
     id: Mapped[UUID] = id_column()
@@ -63,6 +85,48 @@ class Message(Tenanted, Dated, Base):
     failed_at: Mapped[datetime | None]
     provider_at: Mapped[datetime | None]
     delivery_id: Mapped[UUID | None]  # the webhook it came in; no foreign key, deliveries are dropped by the day
+    # From here on: only of messages that we were asked to send.
+    recipient: Mapped[str | None]  # a phone number with its plus, or a BSUID; none for a read receipt
+    turn_at: Mapped[datetime | None]  # when its turn in its conversation began: its acceptance, or `not_before`
+    due_at: Mapped[datetime | None]  # when the lane may look at it next; none behind another of its conversation
+    attempts: Mapped[int] = mapped_column(server_default=text("0"))
+    tries: Mapped[int] = mapped_column(server_default=text("0"))  # refusals that count against it
+    throttles: Mapped[int] = mapped_column(server_default=text("0"))  # times that its recipient had had too many
+    unknowns: Mapped[int] = mapped_column(server_default=text("0"))  # attempts without an answer
+    attempt_id: Mapped[UUID | None]  # the attempt under way, or the last
+    idempotency_key: Mapped[str | None]
+    request_digest: Mapped[bytes | None]  # of what was asked with that key
+    request_id: Mapped[str | None]
+
+    @staticmethod
+    def queue(s: Session, given: list[dict[str, Any]]) -> set[UUID]:
+        """Insert messages to be sent; returns the ids of those that are new: an idempotency key is taken once.
+
+        `body` is JSON text, `request_digest` hex, `not_before` None for at once.
+        """
+        if not given:
+            return set()
+        return set(s.execute(_QUEUE, given_rows(given)).scalars())
+
+    @staticmethod
+    def by_key(s: Session, keys: list[tuple[UUID, str]]) -> dict[tuple[UUID, str], tuple[UUID, str, str]]:
+        """`(id, status, digest in hex)` of the messages that were asked for with these `(tenant, idempotency key)`."""
+        if not keys:
+            return {}
+        given = [{"tenant_id": tenant_id, "key": key} for tenant_id, key in keys]
+        found = s.execute(_BY_KEY, given_rows(given))
+        return {(row.tenant_id, row.key): (row.id, row.status, bytes(row.digest).hex()) for row in found}
+
+    @staticmethod
+    def named(s: Session, names: list[tuple[UUID, UUID, str]]) -> dict[tuple[UUID, UUID, str], RowMapping]:
+        """The messages that `(tenant, channel, name)` mean, a name being our id or the provider's."""
+        if not names:
+            return {}
+        given = [
+            {"tenant_id": t, "channel_id": c, "name": name, "id": _uuid(name)} for t, c, name in sorted(set(names))
+        ]
+        found = s.execute(_NAMED, given_rows(given)).mappings()
+        return {(row["tenant_id"], row["channel_id"], row["name"]): row for row in found}
 
     @staticmethod
     def store(s: Session, given: list[dict[str, Any]]) -> set[UUID]:
@@ -118,6 +182,61 @@ class StatusReport(Tenanted, Dated, Base):
 
 
 _RANK = "coalesce(array_position(ARRAY['" + "', '".join(RISING) + "'], m.status), 0)"
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+_QUEUE = text(f"""
+    INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body, status,
+        recipient, turn_at, due_at, idempotency_key, request_digest, request_id)
+    SELECT tenant_id, id, channel_id, conversation_id, contact_id, 'out', type, body::jsonb, 'queued',
+        recipient, coalesce(not_before, now()), coalesce(not_before, now()), idempotency_key,
+        decode(request_digest, 'hex'), request_id
+    FROM {
+    rows(
+        tenant_id="uuid",
+        id="uuid",
+        channel_id="uuid",
+        conversation_id="uuid",
+        contact_id="uuid",
+        type="text",
+        body="text",
+        recipient="text",
+        not_before="timestamptz",
+        idempotency_key="text",
+        request_digest="text",
+        request_id="text",
+    )
+}
+    ORDER BY tenant_id, idempotency_key, id
+    ON CONFLICT (tenant_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+    RETURNING id
+""")
+
+_BY_KEY = text(f"""
+    SELECT m.tenant_id, m.idempotency_key AS key, m.id, m.status, m.request_digest AS digest
+    FROM {rows(tenant_id="uuid", key="text")}
+    JOIN message AS m ON m.tenant_id = given.tenant_id AND m.idempotency_key = given.key
+""")
+
+_NAMED = text(f"""
+    SELECT given.name, m.* FROM {rows(tenant_id="uuid", channel_id="uuid", name="text", id="uuid")}
+    CROSS JOIN LATERAL (
+        (SELECT tenant_id, channel_id, id, provider_id, direction, status, conversation_id, contact_id, type
+            FROM message AS m
+            WHERE (m.tenant_id, m.channel_id, m.provider_id) = (given.tenant_id, given.channel_id, given.name))
+        UNION ALL
+        (SELECT tenant_id, channel_id, id, provider_id, direction, status, conversation_id, contact_id, type
+            FROM message AS m
+            WHERE (m.tenant_id, m.id) = (given.tenant_id, given.id) AND m.channel_id = given.channel_id)
+        LIMIT 1
+    ) AS m
+""")
 
 _STORE = text(f"""
     INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body, provider_id,

@@ -28,6 +28,23 @@ class Template(Tenanted, Dated, Base):
         if given:
             s.execute(_HEARD, given_rows(given))
 
+    @staticmethod
+    def statuses(s: Session, keys: list[tuple[UUID, UUID, str, str]]) -> dict[tuple[UUID, UUID, str, str], str]:
+        """The verdict on each `(tenant, channel, name, language)` that is known."""
+        if not keys:
+            return {}
+        given = [
+            dict(zip(("tenant_id", "channel_id", "name", "language"), key, strict=True)) for key in sorted(set(keys))
+        ]
+        found = s.execute(_STATUSES, given_rows(given))
+        return {(row.tenant_id, row.channel_id, row.name, row.language): row.status for row in found}
+
+
+_STATUSES = text(f"""
+    SELECT tenant_id, channel_id, name, language, t.status
+    FROM {rows(tenant_id="uuid", channel_id="uuid", name="text", language="text")}
+    JOIN template AS t USING (tenant_id, channel_id, name, language)
+""")
 
 _HEARD = text(f"""
     INSERT INTO template AS t (tenant_id, channel_id, name, language, category, status, reason, status_at)

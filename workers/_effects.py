@@ -218,13 +218,13 @@ class Told:
                 chat = Conversation.id_of(channel, self.people.whom(tenant, channel, item.chat.identities))
                 kind = "message_received" if item.direction == "in" else "message_echoed"
                 payload = {"message_id": id_, "conversation_id": chat, "type": item.type}
-                rows.append(_event(kind, tenant, channel, id_, payload))
+                rows.append(Event.row(kind, tenant, channel, id_, payload))
         for row in risen:
             payload = {"message_id": row["id"], "status": row["status"]}
-            rows.append(_event("message_status", row["tenant_id"], row["channel_id"], row["id"], payload))
+            rows.append(Event.row("message_status", row["tenant_id"], row["channel_id"], row["id"], payload))
         for tenant, digest in sorted(notices):
             channel, notice = self.notices[(tenant, digest)]
-            rows.append(_event(notice.type, tenant, channel, None, notice.payload))
+            rows.append(Event.row(notice.type, tenant, channel, None, notice.payload))
         return rows
 
 
@@ -255,17 +255,6 @@ def _empty_report(tenant: UUID, channel: UUID, provider_id: str, participant: st
         "pricing": None,
         "conversation": None,
         "callback_data": None,
-    }
-
-
-def _event(kind: str, tenant: UUID, channel: UUID | None, message: UUID | None, payload: Any) -> dict[str, Any]:
-    return {
-        "tenant_id": tenant,
-        "id": uuid7(),
-        "type": kind,
-        "channel_id": channel,
-        "message_id": message,
-        "payload": _json(payload),
     }
 
 

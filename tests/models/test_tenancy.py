@@ -18,6 +18,7 @@ from workers import incoming_message
 WITHOUT_POLICY = {
     "app": "a webhook names its app; the tenant follows from it. Secrets in it are sealed, and it is never served",
     "route": "says to which tenant a number belongs; holds ids alone, and is never served",
+    "lane": "the sweep looks for lanes of all tenants that need somebody; it holds ids, codes and times alone",
 }
 TENANTED = sorted(
     table.name

@@ -1,0 +1,205 @@
+"""One try at sending a message: committed before the call leaves, completed with what came back.
+
+Its id travels with the call and comes back with each status (`callback_of`), so that an answer that was never heard can
+still be found: such an attempt is `unknown` until a status, or an answer that came late, settles it.
+"""
+
+import re
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Index, RowMapping, UniqueConstraint, func, select, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, Tenanted, belongs_to, given_rows, id_column, rows
+
+
+class Outcome(StrEnum):
+    SENDING = "sending"
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"  # the request left, and nobody told what became of it
+    NOT_SENT = "not_sent"  # the request never left
+
+
+class Attempt(Tenanted, Base):
+    __tablename__ = "attempt"
+    __table_args__ = (
+        belongs_to("message", "message_id", ondelete="CASCADE"),
+        UniqueConstraint("tenant_id", "message_id", "number"),
+        Index("ix_attempt_provider_id", "tenant_id", "channel_id", "provider_id"),
+    )
+
+    id: Mapped[UUID] = id_column()
+    message_id: Mapped[UUID]
+    channel_id: Mapped[UUID]
+    number: Mapped[int]  # 1 for the first
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str] = mapped_column(server_default=Outcome.SENDING)
+    settled_by: Mapped[str | None]  # `answer`, or `status`: a webhook told what the answer did not
+    provider_id: Mapped[str | None]
+    http_status: Mapped[int | None]
+    error_class: Mapped[str | None]
+    error_scope: Mapped[str | None]
+    error_code: Mapped[str | None]
+    error: Mapped[str | None]
+    trace_id: Mapped[str | None]  # the provider's own, for its support
+
+    @classmethod
+    def of(cls, s: Session, tenant_id: UUID, message_id: UUID) -> list["Attempt"]:
+        """A message's attempts, in their order."""
+        query = select(cls).where(cls.tenant_id == tenant_id, cls.message_id == message_id).order_by(cls.number)
+        return list(s.scalars(query))
+
+    @staticmethod
+    def begin(s: Session, tenant_id: UUID, channel_id: UUID, given: list[dict[str, Any]]) -> dict[UUID, UUID]:
+        """Mark queued messages as sending, each by a new attempt (`message_id`, `attempt_id`).
+
+        Returns the attempts that may be made, by message: one that was cancelled meanwhile is not among them. Needs the
+        lane's lock.
+        """
+        if not given:
+            return {}
+        begun = s.execute(_BEGIN, given_rows(given) | {"tenant_id": tenant_id, "channel_id": channel_id})
+        return {row.message_id: row.id for row in begun}
+
+    @staticmethod
+    def end(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> set[UUID]:
+        """Write down what came back; returns the attempts for which that was news.
+
+        One that a status has settled meanwhile keeps what the status said; one that was given up as unknown takes a
+        late answer.
+        """
+        if not given:
+            return set()
+        return set(s.execute(_END, given_rows(given) | {"tenant_id": tenant_id}).scalars())
+
+    @staticmethod
+    def abandoned(s: Session, tenant_id: UUID, channel_id: UUID, wait: timedelta) -> list[RowMapping]:
+        """Whoever had this lane died: what it was sending is unknown. Needs the lane's lock; returns the messages."""
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "wait": wait}
+        return list(s.execute(_ABANDONED, given).mappings())
+
+    @staticmethod
+    def reported(s: Session, given: list[tuple[UUID, UUID, str, str]]) -> list[RowMapping]:
+        """The attempts that statuses tell something new of: `(tenant, channel, provider id, callback data)` each.
+
+        Returns `tenant_id`, `channel_id`, `id`, `message_id` and the reported `provider_id`.
+        """
+        asked = [
+            {"tenant_id": tenant, "channel_id": channel, "provider_id": provider_id, "id": attempt}
+            for tenant, channel, provider_id, data in sorted(set(given))
+            if (attempt := attempt_named_in(data))
+        ]
+        return list(s.execute(_REPORTED, given_rows(asked)).mappings()) if asked else []
+
+    @staticmethod
+    def settle(s: Session, given: list[RowMapping]) -> list[RowMapping]:
+        """A status has told these attempts' provider ids (`reported`): they were accepted.
+
+        A message without an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id`
+        and `is_adopted` of the messages; one that did not adopt it had been sent twice. Needs the lanes' locks.
+        """
+        if not given:
+            return []
+        found = [dict(row) for row in sorted(given, key=lambda row: (row["tenant_id"], row["id"]))]
+        return list(s.execute(_SETTLE, given_rows(found)).mappings())
+
+
+_CALLBACK = re.compile(r"out:([0-9a-f]{32})")
+
+
+def callback_of(attempt_id: UUID) -> str:
+    """What the call carries and every status of it echoes."""
+    return f"out:{attempt_id.hex}"
+
+
+def attempt_named_in(callback_data: str) -> UUID | None:
+    """The attempt behind an echo; None when it is not one of ours."""
+    match = _CALLBACK.fullmatch(callback_data)
+    return UUID(hex=match[1]) if match else None
+
+
+_BEGIN = text(f"""
+    WITH begun AS (
+        UPDATE message AS m SET status = 'sending', due_at = NULL, attempts = m.attempts + 1,
+            attempt_id = given.attempt_id
+        FROM {rows(message_id="uuid", attempt_id="uuid")}
+        WHERE m.tenant_id = :tenant_id AND m.id = given.message_id AND m.status = 'queued' AND m.due_at <= now()
+        RETURNING m.id, m.attempts, m.attempt_id
+    )
+    INSERT INTO attempt (tenant_id, id, message_id, channel_id, number, started_at)
+    SELECT :tenant_id, attempt_id, id, :channel_id, attempts, clock_timestamp() FROM begun
+    RETURNING id, message_id
+""")
+
+_END = text(f"""
+    UPDATE attempt AS a SET ended_at = clock_timestamp(), outcome = given.outcome,
+        settled_by = CASE WHEN given.outcome IN ('accepted', 'refused') THEN 'answer' END,
+        provider_id = given.provider_id, http_status = given.http_status, error_class = given.error_class,
+        error_scope = given.error_scope, error_code = given.error_code, error = given.error, trace_id = given.trace_id
+    FROM {
+    rows(
+        id="uuid",
+        outcome="text",
+        provider_id="text",
+        http_status="int",
+        error_class="text",
+        error_scope="text",
+        error_code="text",
+        error="text",
+        trace_id="text",
+    )
+}
+    WHERE a.tenant_id = :tenant_id AND a.id = given.id AND a.outcome IN ('sending', 'unknown')
+    RETURNING a.id
+""")
+
+_ABANDONED = text("""
+    WITH left_over AS (
+        UPDATE message SET status = 'unknown', due_at = now() + :wait, unknowns = unknowns + 1
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND status = 'sending'
+        RETURNING id, attempt_id, type
+    ), ended AS (
+        UPDATE attempt AS a SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
+        FROM left_over WHERE a.tenant_id = :tenant_id AND a.id = left_over.attempt_id AND a.outcome = 'sending'
+    )
+    SELECT id, attempt_id, type FROM left_over
+""")
+
+_REPORTED = text(f"""
+    SELECT a.tenant_id, a.channel_id, a.id, a.message_id, given.provider_id
+    FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text", id="uuid")}
+    CROSS JOIN LATERAL (
+        SELECT * FROM attempt AS a WHERE (a.tenant_id, a.id) = (given.tenant_id, given.id) OFFSET 0
+    ) AS a
+    WHERE a.channel_id = given.channel_id AND a.provider_id IS NULL
+""")
+
+# The message takes the first id that is told of any of its attempts. It may have been queued again meanwhile, or be
+# under way a second time: then it is sent already, and the second one is a double that is counted.
+_SETTLE = text(f"""
+    WITH settled AS (
+        UPDATE attempt AS a SET provider_id = given.provider_id, outcome = 'accepted', settled_by = 'status',
+            ended_at = coalesce(a.ended_at, clock_timestamp())
+        FROM {rows(tenant_id="uuid", channel_id="uuid", id="uuid", message_id="uuid", provider_id="text")}
+        WHERE (a.tenant_id, a.id) = (given.tenant_id, given.id) AND a.provider_id IS NULL
+        RETURNING a.tenant_id, a.id, a.message_id, a.provider_id
+    ), first_told AS (
+        SELECT DISTINCT ON (tenant_id, message_id) * FROM settled ORDER BY tenant_id, message_id, id
+    ), adopted AS (
+        UPDATE message AS m SET provider_id = t.provider_id, status = 'sent', due_at = NULL, attempt_id = t.id,
+            error_code = NULL, error = NULL, failed_at = NULL
+        FROM first_told AS t
+        WHERE (m.tenant_id, m.id) = (t.tenant_id, t.message_id) AND m.provider_id IS NULL
+            AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+        RETURNING m.tenant_id, m.id
+    )
+    SELECT m.tenant_id, m.id, m.channel_id, m.conversation_id, a.id IS NOT NULL AS is_adopted
+    FROM first_told AS t
+    JOIN message AS m ON (m.tenant_id, m.id) = (t.tenant_id, t.message_id)
+    LEFT JOIN adopted AS a ON (a.tenant_id, a.id) = (m.tenant_id, m.id)
+""")

@@ -1,0 +1,240 @@
+"""A lane: the line of one channel's outgoing messages, and who may send from it.
+
+One holder at a time, by a lease: a token and an end, by the database's clock (architecture.md, decision 5). Whoever
+changes the line (the holder, a cancel, a status that settles an unknown send) locks the lane's row first, so that no
+message is set behind another one that has just left. Accepting a message touches the row too, last of its tables but
+the conversation's: a holder that looks for what is due either sees the message or is seen by it.
+
+`next_due_at` is when the line next needs somebody; it stays in the past as long as anything is under way, so that the
+sweep finds the lane of a holder that died. A lane may be *paused* for a while (a limit of the number, its account or
+its app) or *held* until a probe gets through (bad token, payment, an outage) or an operator lets it go on.
+
+Read across tenants by the sweep, so without a tenant policy; it holds ids and codes alone, and is never served raw.
+"""
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ForeignKeyConstraint, Index, RowMapping, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, given_rows, rows
+
+LEASE = timedelta(seconds=15)
+_RING_AGAIN = timedelta(seconds=5)
+FIRST_PROBE, LONGEST_PROBE = timedelta(seconds=30), timedelta(minutes=5)
+
+
+class Hold(StrEnum):
+    """Why nothing is sent. All but `operator` are probed, one message at a time, and end by themselves."""
+
+    AUTH = "auth"  # token, permission, or the standing of the account
+    PAYMENT = "payment"
+    OUTAGE = "outage"  # the provider does not answer
+    OPERATOR = "operator"
+
+
+class Lane(Base):
+    __tablename__ = "lane"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "channel_id"], ["channel.tenant_id", "channel.id"], ondelete="CASCADE"),
+        UniqueConstraint("channel_id"),
+        Index("ix_lane_due", "next_due_at", postgresql_where=text("next_due_at IS NOT NULL")),
+        Index("ix_lane_app", "app_id", "waba_id"),
+        {"postgresql_with": {"fillfactor": "50"}},  # rewritten several times a second while it sends
+    )
+
+    tenant_id: Mapped[UUID] = mapped_column(primary_key=True)
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    app_id: Mapped[UUID | None]  # whose limits it shares: the app's, and the account's
+    waba_id: Mapped[str | None]
+    token: Mapped[UUID | None]
+    until: Mapped[datetime | None]
+    next_due_at: Mapped[datetime | None]
+    next_ring_at: Mapped[datetime | None]
+    paused_until: Mapped[datetime | None]
+    pause_code: Mapped[str | None]
+    pace: Mapped[float] = mapped_column(server_default=text("1"))  # share of its rate that the provider let it have
+    hold: Mapped[str | None]
+    hold_code: Mapped[str | None]
+    hold_reason: Mapped[str | None]
+    held_at: Mapped[datetime | None]
+    probes: Mapped[int] = mapped_column(server_default=text("0"))
+    next_probe_at: Mapped[datetime | None]
+
+    @staticmethod
+    def expect(s: Session, given: list[dict[str, Any]]) -> None:
+        """Messages were queued: `tenant_id`, `channel_id`, `due_at` (None: at once) of each."""
+        if given:
+            s.execute(_EXPECT, given_rows(given))
+
+    @staticmethod
+    def take(s: Session, channel_id: UUID, token: UUID) -> RowMapping | None:
+        """The lane, if something is due in it that may be sent and nobody else has it."""
+        given = {"channel_id": channel_id, "token": token, "length": LEASE}
+        return s.execute(_TAKE, given).mappings().first()
+
+    @staticmethod
+    def renew(s: Session, channel_id: UUID, token: UUID) -> RowMapping | None:
+        """Lock the lane for the rest of the transaction and have it for longer; None when it is another's by now."""
+        given = {"channel_id": channel_id, "token": token, "length": LEASE}
+        return s.execute(_RENEW, given).mappings().first()
+
+    @staticmethod
+    def release(s: Session, tenant_id: UUID, channel_id: UUID, token: UUID) -> bool:
+        """Let another have it, and note when it needs somebody next; True when that is now. Sees the tenant."""
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "token": token}
+        # Locked by a statement of its own: the next one then sees whatever was queued before the lock was had.
+        if s.execute(_LOCK, {"ids": [channel_id]}).first() is None:
+            return False
+        return bool(s.execute(_RELEASE, given).scalar())
+
+    @staticmethod
+    def lock(s: Session, channel_ids: list[UUID]) -> None:
+        """Lock these lanes, in the one order everybody does it in."""
+        if channel_ids:
+            s.execute(_LOCK, {"ids": channel_ids}).all()
+
+    @staticmethod
+    def pause(s: Session, *, code: str, seconds: float, pace: float, channel_id: UUID) -> None:
+        """Send nothing for a while, and more slowly then: a limit of this number was reached."""
+        given = {"code": code, "length": timedelta(seconds=seconds), "pace": pace, "channel_id": channel_id}
+        s.execute(_PAUSE, given)
+
+    @staticmethod
+    def pause_all(s: Session, *, code: str, seconds: float, app_id: UUID, waba_id: str | None) -> None:
+        """The same for every lane of an app, or of one account of it. In a transaction of its own: many lanes."""
+        given = {"code": code, "length": timedelta(seconds=seconds), "app_id": app_id, "waba_id": waba_id}
+        s.execute(_PAUSE_ALL, given)
+
+    @staticmethod
+    def set_hold(s: Session, channel_id: UUID, hold: Hold, *, code: str | None, reason: str) -> bool:
+        """Hold the lane, or note that a probe was in vain: the next one waits twice as long. True when it is news."""
+        given = {
+            "channel_id": channel_id,
+            "hold": hold,
+            "code": code,
+            "reason": reason,
+            "first": FIRST_PROBE,
+            "longest": LONGEST_PROBE,
+        }
+        return bool(s.execute(_HOLD, given).scalar())
+
+    @staticmethod
+    def resume(s: Session, channel_id: UUID) -> bool:
+        """End the hold, whoever set it, and any pause; True when there was one."""
+        return s.execute(_RESUME, {"channel_id": channel_id}).first() is not None
+
+    @staticmethod
+    def probe_now(s: Session, channel_id: UUID) -> bool:
+        """Somebody mended it, perhaps: probe at once. Not for a hold of the operator's."""
+        return s.execute(_PROBE_NOW, {"channel_id": channel_id}).first() is not None
+
+    @staticmethod
+    def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[UUID]:
+        """Lanes that need somebody now and have nobody, and were not rung for lately. Notes that they are rung."""
+        given = {"most": limit, "again": _RING_AGAIN, "at_once": at_once}
+        return list(s.execute(_TO_RING, given).scalars())
+
+    @staticmethod
+    def seconds_until_due(s: Session) -> float | None:
+        """Until the next lane needs somebody that nobody needs yet; None when no lane waits for its time."""
+        value = s.scalar(_SECONDS_UNTIL_DUE)
+        return None if value is None else float(value)
+
+
+_EXPECT = text(f"""
+    INSERT INTO lane AS l (tenant_id, channel_id, app_id, waba_id, next_due_at)
+    SELECT given.tenant_id, given.channel_id, c.app_id, c.config ->> 'waba_id', min(coalesce(given.due_at, now()))
+    FROM {rows(tenant_id="uuid", channel_id="uuid", due_at="timestamptz")}
+    JOIN channel AS c ON (c.tenant_id, c.id) = (given.tenant_id, given.channel_id)
+    GROUP BY given.tenant_id, given.channel_id, c.app_id, c.config ->> 'waba_id'
+    ORDER BY given.tenant_id, given.channel_id
+    ON CONFLICT (tenant_id, channel_id) DO UPDATE SET next_due_at = least(l.next_due_at, excluded.next_due_at)
+""")
+
+_MAY_SEND = """
+    (paused_until IS NULL OR paused_until <= now()) AND (hold IS NULL OR hold <> 'operator' AND next_probe_at <= now())
+"""
+
+_TAKE = text(f"""
+    UPDATE lane SET token = :token, until = now() + :length, next_ring_at = NULL
+    WHERE channel_id = :channel_id AND (until IS NULL OR until < now()) AND next_due_at <= now() AND {_MAY_SEND}
+    RETURNING *
+""")
+
+_RENEW = text(f"""
+    UPDATE lane SET until = now() + :length, next_due_at = now()
+    WHERE channel_id = :channel_id AND token = :token
+    RETURNING *, {_MAY_SEND} AS may_send
+""")
+
+_LOCK = text("SELECT channel_id FROM lane WHERE channel_id = ANY(:ids) ORDER BY tenant_id, channel_id FOR UPDATE")
+
+_RELEASE = text(f"""
+    UPDATE lane SET token = NULL, until = NULL, next_due_at = (
+        SELECT min(due_at) FROM message AS m
+        WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at IS NOT NULL
+    )
+    WHERE channel_id = :channel_id AND token = :token
+    RETURNING coalesce(next_due_at <= now(), false) AND {_MAY_SEND}
+""")
+
+_PAUSE = text("""
+    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code, pace = :pace
+    WHERE channel_id = :channel_id
+""")
+
+_PAUSE_ALL = text("""
+    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code
+    WHERE channel_id IN (
+        SELECT channel_id FROM lane
+        WHERE app_id = :app_id AND (CAST(:waba_id AS text) IS NULL OR waba_id = :waba_id)
+        ORDER BY tenant_id, channel_id FOR UPDATE
+    )
+""")
+
+# What the operator holds stays the operator's. Another reason for a hold that is there starts its probes anew.
+_HOLD = text("""
+    UPDATE lane SET
+        probes = CASE WHEN was.hold = :hold THEN lane.probes + 1 ELSE 0 END,
+        next_probe_at = now() + least(
+            CAST(:longest AS interval),
+            CAST(:first AS interval) * power(2, CASE WHEN was.hold = :hold THEN least(lane.probes + 1, 10) ELSE 0 END)
+        ),
+        held_at = CASE WHEN was.hold = :hold THEN lane.held_at ELSE now() END,
+        hold = :hold, hold_code = :code, hold_reason = :reason
+    FROM (SELECT tenant_id, channel_id, hold FROM lane WHERE channel_id = :channel_id FOR UPDATE) AS was
+    WHERE lane.channel_id = was.channel_id AND was.hold IS DISTINCT FROM 'operator'
+    RETURNING was.hold IS DISTINCT FROM :hold
+""")
+
+_RESUME = text("""
+    UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, held_at = NULL, probes = 0, next_probe_at = NULL,
+        paused_until = NULL, pause_code = NULL, next_ring_at = NULL
+    WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
+""")
+
+_PROBE_NOW = text("""
+    UPDATE lane SET next_probe_at = now(), next_ring_at = NULL
+    WHERE channel_id = :channel_id AND hold IS NOT NULL AND hold <> 'operator' RETURNING 1
+""")
+
+_TO_RING = text(f"""
+    UPDATE lane SET next_ring_at = now() + :again
+    WHERE channel_id IN (
+        SELECT channel_id FROM lane
+        WHERE next_due_at <= now() AND (until IS NULL OR until < now()) AND {_MAY_SEND}
+            AND (next_ring_at IS NULL OR next_ring_at <= now() OR :at_once)
+        ORDER BY next_due_at LIMIT :most FOR UPDATE SKIP LOCKED
+    )
+    RETURNING channel_id
+""")
+
+_SECONDS_UNTIL_DUE = text("""
+    SELECT extract(epoch FROM min(greatest(next_due_at, paused_until, next_probe_at, until)) - now()) FROM lane
+    WHERE next_due_at IS NOT NULL AND hold IS DISTINCT FROM 'operator'
+        AND greatest(next_due_at, paused_until, next_probe_at, until) > now()
+""")

@@ -1,0 +1,254 @@
+"""The line of a channel's outgoing messages: how `message` rows move through it.
+
+In a conversation one message is first: the one whose turn began earliest (`turn_at`, then the id). The others wait
+behind it without a date (`due_at` NULL) once the lane has come across them, and get their date back when the one before
+them leaves the line. So a recipient who must be waited for costs the lane nothing, however many messages wait for them.
+
+All of it needs the lane's lock (`models/lane.py`) and a transaction that sees the tenant. Due times are compared on the
+database's clock.
+"""
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.orm import Session
+
+from models.base import given_rows, rows
+from models.event import Event
+from models.lane import Lane
+from models.message import IN_LINE, MessageStatus
+
+
+def due(s: Session, tenant_id: UUID, channel_id: UUID, most: int) -> list[RowMapping]:
+    """What the lane may do next, the oldest first: queued messages that are first in their conversation.
+
+    Sets those that are not behind the first one. May return fewer than there are: ask again.
+    """
+    found = s.execute(_DUE, {"tenant_id": tenant_id, "channel_id": channel_id, "most": most})
+    return list(found.mappings())
+
+
+def overdue(s: Session, tenant_id: UUID, channel_id: UUID) -> list[RowMapping]:
+    """Unknown messages whose wait for a status is over; each is returned until somebody decides."""
+    found = s.execute(_OVERDUE, {"tenant_id": tenant_id, "channel_id": channel_id})
+    return list(found.mappings())
+
+
+def put(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
+    """Give messages a new place: back into the line, failed, or unknown. Returns those that were still ours to move.
+
+    Each row: `id`, `attempt_id` (it must still be the message's), `status`, `delay` in seconds (0: at once, at its old
+    place; None: no date), what to add to `tries`, `throttles` and `unknowns`, `error_code`, `error`.
+    """
+    if not given:
+        return []
+    return list(s.execute(_PUT, given_rows(given) | {"tenant_id": tenant_id}).mappings())
+
+
+def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
+    """The provider accepted these messages (`id`, `attempt_id`, `provider_id` or None for a receipt): they are sent.
+
+    Returns the messages with `is_adopted`; one that was not had been accepted before, by another attempt.
+    """
+    if not given:
+        return []
+    return list(s.execute(_ADOPT, given_rows(given) | {"tenant_id": tenant_id}).mappings())
+
+
+def delay(s: Session, tenant_id: UUID, waits: dict[UUID, float]) -> None:
+    """Queued messages that have to wait for so many seconds: their recipient has had as many as may be sent."""
+    if waits:
+        given = [{"id": id_, "delay": seconds} for id_, seconds in waits.items()]
+        s.execute(_DELAY, given_rows(given) | {"tenant_id": tenant_id})
+
+
+def wake(s: Session, tenant_id: UUID, conversation_ids: set[UUID]) -> None:
+    """Somebody left the line in these conversations: whoever is next gets their date back."""
+    if conversation_ids:
+        s.execute(_WAKE, {"tenant_id": tenant_id, "conversations": sorted(conversation_ids)})
+
+
+def wake_forgotten(s: Session) -> list[UUID]:
+    """Conversations whose first message waits behind nobody: there should be none. Returns their channels.
+
+    Sees every tenant. The rule above is kept by everybody who moves messages; this is for whoever deletes rows.
+    """
+    return list(s.execute(_WAKE_FORGOTTEN).scalars())
+
+
+def cancel(s: Session, tenant_id: UUID, id_: UUID) -> tuple[str, bool] | None:
+    """Take a queued message out: its status afterwards, and whether this call did it; None when there is none."""
+    found = s.execute(_FIND, {"tenant_id": tenant_id, "id": id_}).mappings().first()
+    if found is None:
+        return None
+    Lane.lock(s, [found["channel_id"]])
+    given = {"tenant_id": tenant_id, "id": id_}
+    if s.execute(_CANCEL, given).first() is None:
+        return str(s.scalar(text("SELECT status FROM message WHERE tenant_id = :tenant_id AND id = :id"), given)), False
+    _left(s, tenant_id, found, MessageStatus.CANCELLED)
+    return MessageStatus.CANCELLED, True
+
+
+def again(s: Session, tenant_id: UUID, id_: UUID) -> bool:
+    """An operator wants it sent again: a failed one, or one that stayed unknown. False when it is neither."""
+    found = s.execute(_FIND, {"tenant_id": tenant_id, "id": id_}).mappings().first()
+    if found is None:
+        return False
+    Lane.lock(s, [found["channel_id"]])
+    if s.execute(_AGAIN, {"tenant_id": tenant_id, "id": id_}).first() is None:
+        return False
+    Event.append(s, [event(found | {"id": id_, "tenant_id": tenant_id}, MessageStatus.QUEUED)])
+    Lane.expect(s, [{"tenant_id": tenant_id, "channel_id": found["channel_id"], "due_at": None}])
+    return True
+
+
+def event(message: Any, status: str, **more: Any) -> dict[str, Any]:
+    """The event of a message's new status; `message` has `tenant_id`, `id` and `channel_id`."""
+    return Event.row(
+        "message_status",
+        message["tenant_id"],
+        message["channel_id"],
+        message["id"],
+        {"message_id": message["id"], "status": status, **more},
+    )
+
+
+def _left(s: Session, tenant_id: UUID, message: RowMapping, status: MessageStatus) -> None:
+    wake(s, tenant_id, {message["conversation_id"]})
+    Lane.expect(s, [{"tenant_id": tenant_id, "channel_id": message["channel_id"], "due_at": None}])
+    Event.append(s, [event(message, status)])
+
+
+SETTLE_WAIT = timedelta(seconds=60)
+
+_COLUMNS = """
+    m.tenant_id, m.id, m.channel_id, m.conversation_id, m.contact_id, m.status, m.type, m.body, m.recipient, m.turn_at,
+    m.due_at, m.attempts, m.tries, m.throttles, m.unknowns, m.attempt_id
+"""
+
+_DUE = text(f"""
+    WITH due AS (
+        SELECT {_COLUMNS} FROM message AS m
+        WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at <= now() AND m.status = 'queued'
+        ORDER BY m.due_at, m.id LIMIT :most
+    ), behind AS (
+        SELECT due.id FROM due WHERE EXISTS (
+            SELECT FROM message AS o
+            WHERE o.tenant_id = :tenant_id AND o.conversation_id = due.conversation_id AND o.{IN_LINE}
+                AND o.id <> due.id AND (
+                    o.status = 'sending' OR o.status = 'unknown' AND o.due_at IS NOT NULL
+                    OR o.status = 'queued' AND o.turn_at <= now() AND (o.turn_at, o.id) < (due.turn_at, due.id)
+                )
+        )
+    ), parked AS (
+        UPDATE message SET due_at = NULL WHERE tenant_id = :tenant_id AND id IN (SELECT id FROM behind)
+    )
+    SELECT due.*, c.window_until < now() AS is_window_closed
+    FROM due JOIN conversation AS c ON (c.tenant_id, c.id) = (due.tenant_id, due.conversation_id)
+    WHERE due.id NOT IN (SELECT id FROM behind)
+    ORDER BY due.due_at, due.id
+""")
+
+# A report of its fate may lie among the bodies that our own workers have not got to: then it is too early to decide.
+_OVERDUE = text(f"""
+    SELECT {_COLUMNS} FROM message AS m
+    WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at <= now() AND m.status = 'unknown'
+        AND (m.due_at < now() - interval '10 minutes' OR NOT EXISTS (
+            SELECT FROM delivery AS d JOIN channel AS c ON (c.tenant_id, c.id) = (m.tenant_id, m.channel_id)
+            WHERE d.state = 'pending' AND coalesce(d.app_id, d.channel_id) = coalesce(c.app_id, c.id)
+        ))
+    ORDER BY m.due_at, m.id LIMIT 200
+""")
+
+_PUT = text(f"""
+    UPDATE message AS m SET status = given.status, tries = m.tries + given.tries,
+        throttles = m.throttles + given.throttles, unknowns = m.unknowns + given.unknowns,
+        due_at = CASE WHEN given.delay = 0 THEN m.turn_at ELSE now() + make_interval(secs => given.delay) END,
+        failed_at = CASE WHEN given.status = 'failed' THEN now() END,
+        error_code = given.error_code, error = given.error
+    FROM {
+    rows(
+        id="uuid",
+        attempt_id="uuid",
+        status="text",
+        delay="float8",
+        tries="int",
+        throttles="int",
+        unknowns="int",
+        error_code="text",
+        error="text",
+    )
+}
+    WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.status IN ('queued', 'sending', 'unknown')
+        AND m.attempt_id IS NOT DISTINCT FROM given.attempt_id
+    RETURNING {_COLUMNS}, m.error_code
+""")
+
+_ADOPT = text(f"""
+    WITH adopted AS (
+        UPDATE message AS m SET status = 'sent', provider_id = given.provider_id, due_at = NULL,
+            attempt_id = given.attempt_id, sent_at = coalesce(m.sent_at, now()), failed_at = NULL, error_code = NULL,
+            error = NULL
+        FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
+        WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.provider_id IS NULL
+            AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+        RETURNING m.id
+    )
+    SELECT {_COLUMNS}, adopted.id IS NOT NULL AS is_adopted
+    FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
+    JOIN message AS m ON m.tenant_id = :tenant_id AND m.id = given.id
+    LEFT JOIN adopted ON adopted.id = m.id
+""")
+
+_DELAY = text(f"""
+    UPDATE message AS m SET due_at = now() + make_interval(secs => given.delay)
+    FROM {rows(id="uuid", delay="float8")}
+    WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.status = 'queued'
+""")
+
+_WAKE = text(f"""
+    UPDATE message AS m SET due_at = m.turn_at
+    FROM (
+        SELECT DISTINCT ON (conversation_id) id FROM message
+        WHERE tenant_id = :tenant_id AND conversation_id = ANY(:conversations) AND {IN_LINE}
+            AND status = 'queued' AND due_at IS NULL
+        ORDER BY conversation_id, turn_at, id
+    ) AS next
+    WHERE m.tenant_id = :tenant_id AND m.id = next.id
+""")
+
+_WAKE_FORGOTTEN = text(f"""
+    WITH first AS (
+        SELECT DISTINCT ON (tenant_id, conversation_id) tenant_id, id, channel_id, status, due_at FROM message
+        WHERE {IN_LINE} AND (turn_at <= now() OR status <> 'queued') AND NOT (status = 'unknown' AND due_at IS NULL)
+        ORDER BY tenant_id, conversation_id, (status = 'queued'), turn_at, id
+    ), woken AS (
+        UPDATE message AS m SET due_at = m.turn_at FROM first
+        WHERE (m.tenant_id, m.id) = (first.tenant_id, first.id) AND first.status = 'queued' AND first.due_at IS NULL
+            AND m.status = 'queued' AND m.due_at IS NULL
+        RETURNING m.channel_id
+    ), due AS (
+        UPDATE lane SET next_due_at = least(next_due_at, now()) WHERE channel_id IN (SELECT channel_id FROM woken)
+    )
+    SELECT DISTINCT channel_id FROM woken
+""")
+
+_FIND = text("""
+    SELECT tenant_id, id, channel_id, conversation_id FROM message
+    WHERE tenant_id = :tenant_id AND id = :id AND direction = 'out' AND turn_at IS NOT NULL
+""")
+
+_CANCEL = text("""
+    UPDATE message SET status = 'cancelled', due_at = NULL
+    WHERE tenant_id = :tenant_id AND id = :id AND status = 'queued' RETURNING 1
+""")
+
+_AGAIN = text("""
+    UPDATE message SET status = 'queued', due_at = now(), turn_at = now(), provider_id = NULL, failed_at = NULL,
+        error_code = NULL, error = NULL, tries = 0, throttles = 0, unknowns = 0, sent_at = NULL, delivered_at = NULL,
+        read_at = NULL
+    WHERE tenant_id = :tenant_id AND id = :id AND (status = 'failed' OR status = 'unknown' AND due_at IS NULL)
+    RETURNING 1
+""")
