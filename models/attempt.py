@@ -87,7 +87,7 @@ class Attempt(Tenanted, Base):
     def reported(s: Session, given: list[tuple[UUID, UUID, str, str]]) -> list[RowMapping]:
         """The attempts that statuses tell something new of: `(tenant, channel, provider id, callback data)` each.
 
-        Returns `tenant_id`, `channel_id`, `id`, `message_id` and the reported `provider_id`.
+        Returns `tenant_id`, `channel_id`, `id`, `message_id`, `outcome` so far, and the reported `provider_id`.
         """
         asked = [
             {"tenant_id": tenant, "channel_id": channel, "provider_id": provider_id, "id": attempt}
@@ -171,7 +171,7 @@ _ABANDONED = text("""
 """)
 
 _REPORTED = text(f"""
-    SELECT a.tenant_id, a.channel_id, a.id, a.message_id, given.provider_id
+    SELECT a.tenant_id, a.channel_id, a.id, a.message_id, a.outcome, given.provider_id
     FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text", id="uuid")}
     CROSS JOIN LATERAL (
         SELECT * FROM attempt AS a WHERE (a.tenant_id, a.id) = (given.tenant_id, given.id) OFFSET 0

@@ -42,6 +42,18 @@ class ContactIdentity(Tenanted, Dated, Base):
     value: Mapped[str] = mapped_column(primary_key=True)
     contact_id: Mapped[UUID]
 
+    @staticmethod
+    def add(s: Session, given: list[tuple[UUID, UUID, str, str, UUID]]) -> None:
+        """Note more identities of contacts: `(tenant, channel, kind, value, contact)`. One that is taken stays so."""
+        keys = {
+            (tenant_id, channel_id, *spelt): contact_id
+            for tenant_id, channel_id, kind, value, contact_id in given
+            for spelt in spellings(kind, value)
+        }
+        if keys:
+            rows_ = [_key_row(key) | {"contact_id": keys[key]} for key in sorted(keys)]
+            s.execute(_ADD, given_rows(rows_))
+
 
 def spellings(kind: str, value: str) -> list[tuple[str, str]]:
     """An identity in every spelling that names the same person, the given one first.
@@ -173,6 +185,13 @@ _TAKE = text(f"""
     ORDER BY tenant_id, channel_id, kind, value
     ON CONFLICT (tenant_id, channel_id, kind, value) DO UPDATE SET contact_id = i.contact_id
     RETURNING i.tenant_id, i.channel_id, i.kind, i.value, i.contact_id
+""")
+
+_ADD = text(f"""
+    INSERT INTO contact_identity (tenant_id, channel_id, kind, value, contact_id)
+    SELECT * FROM {rows(tenant_id="uuid", channel_id="uuid", kind="text", value="text", contact_id="uuid")}
+    ORDER BY tenant_id, channel_id, kind, value
+    ON CONFLICT DO NOTHING
 """)
 
 _MOVE = text("UPDATE contact_identity SET contact_id = :theirs WHERE tenant_id = :tenant_id AND contact_id = :ours")

@@ -53,6 +53,25 @@ class Conversation(Tenanted, Dated, Base):
         given = [{"tenant_id": tenant_id, "id": id_} for tenant_id, id_ in sorted(set(keys))]
         return {(row.tenant_id, row.id): row.window_until for row in s.execute(_WINDOWS, given_rows(given))}
 
+    @staticmethod
+    def was_read(s: Session, tenant_id: UUID, channel_id: UUID, provider_id: str) -> None:
+        """The provider was told that this incoming message was read, and with it all that came before it."""
+        s.execute(_WAS_READ, {"tenant_id": tenant_id, "channel_id": channel_id, "provider_id": provider_id})
+
+
+_WAS_READ = text("""
+    WITH target AS (
+        SELECT conversation_id, provider_at FROM message
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND provider_id = :provider_id AND direction = 'in'
+    ), seen AS (
+        UPDATE message AS m SET status = 'read', read_at = now() FROM target
+        WHERE m.tenant_id = :tenant_id AND m.conversation_id = target.conversation_id AND m.direction = 'in'
+            AND m.status = 'received' AND m.provider_at <= target.provider_at
+        RETURNING m.id
+    )
+    UPDATE conversation AS c SET unread_count = greatest(0, c.unread_count - (SELECT count(*) FROM seen)::int)
+    FROM target WHERE c.tenant_id = :tenant_id AND c.id = target.conversation_id
+""")
 
 _WINDOWS = text(f"""
     SELECT c.tenant_id, c.id, c.window_until FROM {rows(tenant_id="uuid", id="uuid")}

@@ -56,6 +56,7 @@ class Lane(Base):
     next_ring_at: Mapped[datetime | None]
     paused_until: Mapped[datetime | None]
     pause_code: Mapped[str | None]
+    misses: Mapped[int] = mapped_column(server_default=text("0"))  # calls in a row that speak for an outage
     pace: Mapped[float] = mapped_column(server_default=text("1"))  # share of its rate that the provider let it have
     hold: Mapped[str | None]
     hold_code: Mapped[str | None]
@@ -98,9 +99,9 @@ class Lane(Base):
             s.execute(_LOCK, {"ids": channel_ids}).all()
 
     @staticmethod
-    def pause(s: Session, *, code: str, seconds: float, pace: float, channel_id: UUID) -> None:
-        """Send nothing for a while, and more slowly then: a limit of this number was reached."""
-        given = {"code": code, "length": timedelta(seconds=seconds), "pace": pace, "channel_id": channel_id}
+    def pause(s: Session, *, code: str, seconds: float, channel_id: UUID) -> None:
+        """Send nothing for a while: a limit of this number was reached."""
+        given = {"code": code, "length": timedelta(seconds=seconds), "channel_id": channel_id}
         s.execute(_PAUSE, given)
 
     @staticmethod
@@ -110,9 +111,12 @@ class Lane(Base):
         s.execute(_PAUSE_ALL, given)
 
     @staticmethod
-    def set_hold(s: Session, channel_id: UUID, hold: Hold, *, code: str | None, reason: str) -> bool:
+    def set_hold(
+        s: Session, channel_id: UUID, hold: Hold, *, code: str | None, reason: str, is_probe: bool = False
+    ) -> bool:
         """Hold the lane, or note that a probe was in vain: the next one waits twice as long. True when it is news."""
         given = {
+            "is_probe": is_probe,
             "channel_id": channel_id,
             "hold": hold,
             "code": code,
@@ -121,6 +125,12 @@ class Lane(Base):
             "longest": LONGEST_PROBE,
         }
         return bool(s.execute(_HOLD, given).scalar())
+
+    @staticmethod
+    def went(s: Session, channel_id: UUID, *, misses: int, pace: float) -> None:
+        """Note how sending goes: failures in a row, and the share of the rate that the provider lets it have."""
+        given = {"channel_id": channel_id, "misses": misses, "pace": pace}
+        s.execute(text("UPDATE lane SET misses = :misses, pace = :pace WHERE channel_id = :channel_id"), given)
 
     @staticmethod
     def resume(s: Session, channel_id: UUID) -> bool:
@@ -183,7 +193,7 @@ _RELEASE = text(f"""
 """)
 
 _PAUSE = text("""
-    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code, pace = :pace
+    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code
     WHERE channel_id = :channel_id
 """)
 
@@ -196,14 +206,18 @@ _PAUSE_ALL = text("""
     )
 """)
 
-# What the operator holds stays the operator's. Another reason for a hold that is there starts its probes anew.
+# What the operator holds stays the operator's. Another reason for a hold starts its probes anew; the same reason told
+# by a call that left before the hold changes nothing.
 _HOLD = text("""
     UPDATE lane SET
-        probes = CASE WHEN was.hold = :hold THEN lane.probes + 1 ELSE 0 END,
-        next_probe_at = now() + least(
-            CAST(:longest AS interval),
-            CAST(:first AS interval) * power(2, CASE WHEN was.hold = :hold THEN least(lane.probes + 1, 10) ELSE 0 END)
-        ),
+        probes = CASE WHEN was.hold = :hold THEN lane.probes + CAST(:is_probe AS bool)::int ELSE 0 END,
+        next_probe_at = CASE
+            WHEN was.hold = :hold AND NOT :is_probe THEN lane.next_probe_at
+            WHEN was.hold = :hold THEN now() + least(
+                CAST(:longest AS interval), CAST(:first AS interval) * power(2, least(lane.probes + 1, 10))
+            )
+            ELSE now() + CAST(:first AS interval)
+        END,
         held_at = CASE WHEN was.hold = :hold THEN lane.held_at ELSE now() END,
         hold = :hold, hold_code = :code, hold_reason = :reason
     FROM (SELECT tenant_id, channel_id, hold FROM lane WHERE channel_id = :channel_id FOR UPDATE) AS was
@@ -213,7 +227,7 @@ _HOLD = text("""
 
 _RESUME = text("""
     UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, held_at = NULL, probes = 0, next_probe_at = NULL,
-        paused_until = NULL, pause_code = NULL, next_ring_at = NULL
+        misses = 0, paused_until = NULL, pause_code = NULL, next_ring_at = NULL
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 

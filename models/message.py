@@ -8,6 +8,7 @@ An outgoing one that somebody asked us to send also has a place in its channel's
       └─ policy ─┴──▶ unknown (no answer; a status, the channel's policy or an operator decides)
 """
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -123,7 +124,8 @@ class Message(Tenanted, Dated, Base):
         if not names:
             return {}
         given = [
-            {"tenant_id": t, "channel_id": c, "name": name, "id": _uuid(name)} for t, c, name in sorted(set(names))
+            {"tenant_id": t, "channel_id": c, "name": name, "id": name if is_id(name) else None}
+            for t, c, name in sorted(set(names))
         ]
         found = s.execute(_NAMED, given_rows(given)).mappings()
         return {(row["tenant_id"], row["channel_id"], row["name"]): row for row in found}
@@ -176,6 +178,13 @@ class StatusReport(Tenanted, Dated, Base):
             s.execute(_FOLD, given_rows(given))
 
     @staticmethod
+    def touch(s: Session, keys: list[tuple[UUID, UUID, str]]) -> None:
+        """Be seen by whoever reports on these `(tenant, channel, provider id)`, and see what is reported already."""
+        given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
+        if given:
+            s.execute(_TOUCH, given_rows(given))
+
+    @staticmethod
     def rank_of(status: str) -> int:
         """0 for a word without a rank: kept, but it moves nothing."""
         return RISING.index(MessageStatus(status)) + 1 if status in RISING else 0
@@ -184,11 +193,12 @@ class StatusReport(Tenanted, Dated, Base):
 _RANK = "coalesce(array_position(ARRAY['" + "', '".join(RISING) + "'], m.status), 0)"
 
 
-def _uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
+def is_id(text: str) -> bool:
+    """Whether a text is an id of ours, as the API shows it; providers' ids of that shape do occur, without hyphens."""
+    return _ID.fullmatch(text) is not None
+
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 _QUEUE = text(f"""
@@ -302,6 +312,13 @@ _FOLD = text(f"""
         pricing = coalesce(m.pricing, excluded.pricing),
         conversation = coalesce(m.conversation, excluded.conversation),
         callback_data = coalesce(m.callback_data, excluded.callback_data)
+""")
+
+_TOUCH = text(f"""
+    INSERT INTO message_status AS m (tenant_id, channel_id, provider_id, participant)
+    SELECT tenant_id, channel_id, provider_id, '' FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+    ORDER BY tenant_id, channel_id, provider_id
+    ON CONFLICT (tenant_id, channel_id, provider_id, participant) DO UPDATE SET rank = m.rank
 """)
 
 # In a group each member is reported on; one member's failure does not make the message a failed one, not even while

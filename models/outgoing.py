@@ -18,16 +18,17 @@ from sqlalchemy.orm import Session
 from models.base import given_rows, rows
 from models.event import Event
 from models.lane import Lane
-from models.message import IN_LINE, MessageStatus
+from models.message import IN_LINE, MessageStatus, is_id
 
 
-def due(s: Session, tenant_id: UUID, channel_id: UUID, most: int) -> list[RowMapping]:
+def due(s: Session, tenant_id: UUID, channel_id: UUID, most: int) -> tuple[list[RowMapping], bool]:
     """What the lane may do next, the oldest first: queued messages that are first in their conversation.
 
-    Sets those that are not behind the first one. May return fewer than there are: ask again.
+    Sets the others behind the first one. Also returns whether there was more to look at than `most`.
     """
     found = s.execute(_DUE, {"tenant_id": tenant_id, "channel_id": channel_id, "most": most})
-    return list(found.mappings())
+    rows = list(found.mappings())
+    return [row for row in rows if not row["is_behind"]], len(rows) == most
 
 
 def overdue(s: Session, tenant_id: UUID, channel_id: UUID) -> list[RowMapping]:
@@ -99,9 +100,26 @@ def again(s: Session, tenant_id: UUID, id_: UUID) -> bool:
     Lane.lock(s, [found["channel_id"]])
     if s.execute(_AGAIN, {"tenant_id": tenant_id, "id": id_}).first() is None:
         return False
-    Event.append(s, [event(found | {"id": id_, "tenant_id": tenant_id}, MessageStatus.QUEUED)])
+    Event.append(s, [event(found, MessageStatus.QUEUED)])
     Lane.expect(s, [{"tenant_id": tenant_id, "channel_id": found["channel_id"], "due_at": None}])
     return True
+
+
+_REFERENCES = (("context", "message_id"), ("reaction", "message_id"), ("read", "message_id"))
+
+
+def reference(body: dict[str, Any]) -> str | None:
+    """Our id of the message that this one answers, reacts to or marks as read; None when it has the provider's."""
+    for part, key in _REFERENCES:
+        name = body.get(part, {}).get(key)
+        if isinstance(name, str) and is_id(name):
+            return name
+    return None
+
+
+def referring(body: dict[str, Any], provider_id: str) -> dict[str, Any]:
+    """The body with the provider's id in place of ours."""
+    return body | {part: body[part] | {key: provider_id} for part, key in _REFERENCES if key in body.get(part, {})}
 
 
 def event(message: Any, status: str, **more: Any) -> dict[str, Any]:
@@ -145,9 +163,10 @@ _DUE = text(f"""
     ), parked AS (
         UPDATE message SET due_at = NULL WHERE tenant_id = :tenant_id AND id IN (SELECT id FROM behind)
     )
-    SELECT due.*, c.window_until < now() AS is_window_closed
+    SELECT due.*, extract(epoch FROM now() - due.turn_at) AS waited, behind.id IS NOT NULL AS is_behind,
+        coalesce(c.window_until < now(), false) AS is_window_closed
     FROM due JOIN conversation AS c ON (c.tenant_id, c.id) = (due.tenant_id, due.conversation_id)
-    WHERE due.id NOT IN (SELECT id FROM behind)
+    LEFT JOIN behind ON behind.id = due.id
     ORDER BY due.due_at, due.id
 """)
 

@@ -20,15 +20,17 @@ from uuid import uuid4
 import dramatiq
 import redis
 
-from models import Lease
+from models import Lane, Lease
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, broker, redis_client
 from pombal.middleware import is_store_trouble
 from workers.incoming_message import ring_waiting
+from workers.outgoing_message import ring_lanes
 
 _log = log.get()
 
 SWEEP_SECONDS = 2.0
+_SHORTEST_PAUSE = 0.1
 _LEASE = timedelta(seconds=10)  # a clock that died is replaced after so long
 _REAP_SECONDS = 5.0
 _MARK = "pombal:queues-are-whole"
@@ -80,19 +82,24 @@ class Clock:
                     actor.send_with_options(scheduled_at=now.isoformat())
 
     def sweep(self) -> None:
-        """Ring for waiting rows, every two seconds, while this clock has the lease."""
+        """Ring for waiting rows, every two seconds and whenever a lane falls due, while this clock has the lease."""
         while not self._stop.is_set():
+            pause = SWEEP_SECONDS
             with db.session() as s:
                 is_ours = Lease.take(s, "sweep", self._token, _LEASE)
             if is_ours:
                 # Rows first: whatever Redis had before it was wiped is rung for again.
-                rung = ring_waiting(at_once=self._sight.lost_the_queues())
+                at_once = self._sight.lost_the_queues()
+                rung, lanes = ring_waiting(at_once=at_once), ring_lanes(at_once=at_once)
                 self._sight.saw()
                 with db.session() as s:
                     Lease.finished(s, "sweep", self._token)
-                if rung:
-                    _log.info("sweep_rang", deliveries=rung)
-            self._stop.wait(SWEEP_SECONDS)
+                    next_due = Lane.seconds_until_due(s)
+                if rung or lanes:
+                    _log.info("sweep_rang", deliveries=rung, lanes=lanes)
+                if next_due is not None:  # scheduled messages leave on time
+                    pause = min(pause, max(next_due, _SHORTEST_PAUSE))
+            self._stop.wait(pause)
         with db.session() as s:
             Lease.release(s, "sweep", self._token)
 

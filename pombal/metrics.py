@@ -72,6 +72,36 @@ quarantined = Counter(
 messages = Counter(
     "pombal_messages_total", "Messages stored or reported on.", ["direction", "provider", "outcome"], registry=REGISTRY
 )
+provider_seconds = Histogram(
+    "pombal_provider_request_seconds",
+    "Time from a call's start to its whole answer, or to its end without one.",
+    ["provider", "operation"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+provider_errors = Counter(
+    "pombal_provider_errors_total",
+    "Calls that did not do what they were for.",
+    ["provider", "class"],
+    registry=REGISTRY,
+)
+send_wait = Histogram(
+    "pombal_send_wait_seconds",
+    "Time from a message's turn to the start of its first call.",
+    ["provider"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+unknown_sends = Counter(
+    "pombal_unknown_sends_total",
+    "Sends without an answer, and how each was decided.",
+    ["provider", "outcome"],
+    registry=REGISTRY,
+)
+double_sends = Counter(
+    "pombal_double_sends_total", "Messages that the provider accepted twice.", ["provider"], registry=REGISTRY
+)
+holds = Counter("pombal_lane_holds_total", "Times that a channel's sending was held.", ["hold"], registry=REGISTRY)
 jobs = Counter("pombal_jobs_total", "Jobs run, by how they ended.", ["actor", "outcome"], registry=REGISTRY)
 job_seconds = Histogram("pombal_job_seconds", "Running time of a job.", ["actor"], buckets=_SLOW, registry=REGISTRY)
 job_wait = Histogram(

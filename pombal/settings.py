@@ -7,6 +7,7 @@ there a missing or weak secret refuses to start.
 
 import base64
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["console", "json"] = "json"
     mode: Literal["development", "production"] = "production"
     secret_keys: str = ""
+    whatsapp_api_version: str = "v26.0"
+    whatsapp_graph_url: str = "https://graph.facebook.com"
     whatsapp_app_secret: str = ""
     whatsapp_webhook_verify_token: str = ""
     metrics_token: str = ""
@@ -63,6 +66,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not _is_address(url, "redis", "rediss", "unix", "memory"):
             raise Misconfigured("REDIS_URL is not the address of a Redis (redis://…, rediss://…, unix://…)")
         return url
+
+    def require_graph(self) -> tuple[str, str]:
+        """Base address and version of Meta's Graph API. Raises `Misconfigured`."""
+        if not _is_address(self.whatsapp_graph_url, "https", "http"):
+            raise Misconfigured("WHATSAPP_GRAPH_URL is not an http(s) address")
+        if self.is_production and not self.whatsapp_graph_url.startswith("https://"):
+            raise Misconfigured("WHATSAPP_GRAPH_URL must be https in production: access tokens travel there")
+        if not re.fullmatch(r"v[0-9]{1,3}\.[0-9]{1,2}", self.whatsapp_api_version):
+            raise Misconfigured("WHATSAPP_API_VERSION must look like v26.0")
+        return self.whatsapp_graph_url, self.whatsapp_api_version
 
 
 # Variables that do not carry their field's name.

@@ -2,5 +2,6 @@
 
 from pombal.broker import broker
 from workers.incoming_message import incoming_message
+from workers.outgoing_message import outgoing_message
 
-__all__ = ["broker", "incoming_message"]
+__all__ = ["broker", "incoming_message", "outgoing_message"]

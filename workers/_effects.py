@@ -14,7 +14,20 @@ import msgspec
 from sqlalchemy import RowMapping, text
 from sqlalchemy.orm import Session
 
-from models import Conversation, Event, Media, Message, MessageStatus, Seen, StatusReport, Template
+from models import (
+    Attempt,
+    Conversation,
+    Event,
+    Lane,
+    Media,
+    Message,
+    MessageStatus,
+    Outcome,
+    Seen,
+    StatusReport,
+    Template,
+    outgoing,
+)
 from models.contact import Meeting
 from pombal.ids import uuid7
 from providers import inbound
@@ -23,6 +36,18 @@ _WINDOW = timedelta(hours=24)  # for free-form answers after a customer's messag
 _MEDIA_LIFE = timedelta(days=7)  # of a media id (whatsapp-cloud-api.md §12)
 
 Source = TypeVar("Source")  # where an item came from; handed back beside what became of it
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """A status told that a send was accepted before its answer did, or in its place (`had_no_answer`).
+
+    `is_double`: the message had been sent again meanwhile.
+    """
+
+    message_id: UUID
+    channel_id: UUID
+    had_no_answer: bool
+    is_double: bool
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -35,8 +60,11 @@ class Stored(msgspec.Struct, frozen=True):
     is_new: bool
 
 
-def apply_items(s: Session, given: Iterable[tuple[Source, UUID, UUID, Any]]) -> list[tuple[Source, Stored]]:
-    """Write all effects of `(source, tenant, channel, item)`; returns its messages beside their sources.
+def apply_items(
+    s: Session, given: Iterable[tuple[Source, UUID, UUID, Any]]
+) -> tuple[list[tuple[Source, Stored]], list[Settled]]:
+    """Write all effects of `(source, tenant, channel, item)`; returns its messages beside their sources, and the sends
+    that it settled.
 
     Needs a transaction that sees the tenants. `source.id` is noted as the message's delivery.
     """
@@ -49,12 +77,13 @@ def apply_items(s: Session, given: Iterable[tuple[Source, UUID, UUID, Any]]) -> 
     told.people.settle(s)
     new = Message.store(s, told.message_rows())
     StatusReport.fold(s, told.status_rows())
+    settled = settle_sends(s, told.callbacks)
     risen = Message.catch_up(s, told.reported_keys())
     Conversation.touch(s, told.conversation_rows(new))
     Template.heard(s, told.template_rows())
     Media.expect(s, told.media_rows(new))
     notices = Seen.first_time(s, set(told.notices))
-    Event.append(s, told.event_rows(new, risen, notices))
+    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled])
     # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
@@ -63,6 +92,26 @@ def apply_items(s: Session, given: Iterable[tuple[Source, UUID, UUID, Any]]) -> 
     for source, id_, tenant, channel, direction in sources:
         outcome.append((source, Stored(id_, tenant, channel, direction, id_ in fresh)))
         fresh.discard(id_)
+    return outcome, [one for one, _ in settled]
+
+
+def settle_sends(s: Session, callbacks: set[tuple[UUID, UUID, str, str]]) -> list[tuple[Settled, dict[str, Any]]]:
+    """Statuses that carry the id of an attempt whose answer nobody has heard (yet) say that it was accepted.
+
+    Returns what was settled, each with its event. The lanes are locked first: their lines move.
+    """
+    told = Attempt.reported(s, list(callbacks))
+    if not told:
+        return []
+    Lane.lock(s, sorted({row["channel_id"] for row in told}))
+    without = {row["message_id"] for row in told if row["outcome"] == Outcome.UNKNOWN}
+    outcome = []
+    for row in Attempt.settle(s, told):
+        kind = "sent" if row["is_adopted"] else "sent_twice"
+        settled = Settled(row["id"], row["channel_id"], row["id"] in without, not row["is_adopted"])
+        outcome.append((settled, outgoing.event(row, kind)))
+        outgoing.wake(s, row["tenant_id"], {row["conversation_id"]})
+        Lane.expect(s, [{"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": None}])
     return outcome
 
 
@@ -72,6 +121,7 @@ class Told:
     def __init__(self) -> None:
         self.people = Meeting()
         self.notices: dict[tuple[UUID, bytes], tuple[UUID, inbound.Notice]] = {}
+        self.callbacks: set[tuple[UUID, UUID, str, str]] = set()  # with the data that a send carried, by its status
         self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
         self._statuses: dict[tuple[UUID, UUID, str, str], dict[str, Any]] = {}
         self._templates: dict[tuple[UUID, UUID, str, str], inbound.TemplateStatus] = {}
@@ -107,6 +157,8 @@ class Told:
         rank = StatusReport.rank_of(item.status)
         if row["status"] is None or rank > row["rank"]:
             row["status"], row["rank"] = item.status, rank
+        if item.callback_data:
+            self.callbacks.add((tenant, channel, item.provider_id, item.callback_data))
         for column in REPORTED_AT.get(item.status, ()):
             row[column] = min(row[column] or item.at, item.at)
         for column in ("error_code", "error", "callback_data"):

@@ -29,7 +29,7 @@ from pombal.errors import Permanent, Rejected
 from pombal.ids import born
 from pombal.middleware import GivenUp, cause, is_store_trouble
 from providers import inbound, meta
-from workers._effects import Stored, apply_items
+from workers._effects import Settled, Stored, apply_items
 
 _log = log.get()
 
@@ -170,6 +170,7 @@ class Reading:
         self.unusable = 0  # parts that were rejected or are foreign; the first of them have letters
         self.tenants: set[UUID] = set()
         self.stored: list[Stored] = []
+        self.settled: list[Settled] = []  # by all that were applied with this one, which is the first of them
         try:
             self.parsed = PARSERS[row["provider"]](row["raw"], row["received_at"])
         except Rejected as error:
@@ -237,7 +238,7 @@ def apply_together(s: Session, batch: list[Reading], routes: "Routes") -> list[R
         if reading.broken:
             raise reading.broken
     for reading in batch:
-        reading.stored = []
+        reading.stored, reading.settled = [], []
     given = [
         (reading, route.tenant_id, route.channel_id, item)
         for reading in batch
@@ -245,8 +246,10 @@ def apply_together(s: Session, batch: list[Reading], routes: "Routes") -> list[R
         for route in routes.of(reading, change)
         for item in change.items
     ]
-    for reading, stored in apply_items(s, given):
-        reading.stored.append(stored)
+    stored, settled = apply_items(s, given)
+    for reading, message in stored:
+        reading.stored.append(message)
+    batch[0].settled = settled
     return []
 
 
@@ -380,6 +383,11 @@ def report(batch: list[Reading], bad: list[Reading], seconds: float) -> None:
                     channel_id=str(message.channel_id),
                     delivery_id=str(reading.id),
                 )
+        for send in reading.settled:
+            if send.had_no_answer:
+                metrics.unknown_sends.labels(provider=provider, outcome="settled").inc()
+            if send.is_double:
+                metrics.double_sends.labels(provider=provider).inc()
         _log.info(
             "webhook_processed",
             delivery_id=str(reading.id),

@@ -94,6 +94,7 @@ def upgrade() -> None:
         sa.Column("next_ring_at", TIME, nullable=True),
         sa.Column("paused_until", TIME, nullable=True),
         sa.Column("pause_code", sa.Text(), nullable=True),
+        sa.Column("misses", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("pace", sa.Float(), server_default=sa.text("1"), nullable=False),
         sa.Column("hold", sa.Text(), nullable=True),
         sa.Column("hold_code", sa.Text(), nullable=True),

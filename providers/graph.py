@@ -1,0 +1,177 @@
+"""Meta's Graph API: what we ask of it (whatsapp-cloud-api.md §9-§11, §13). What it tells us is in `providers/meta.py`.
+
+POST /{version}/{phone_number_id}/messages           send one message, or mark one as read
+GET  /{version}/{waba_id}/message_templates           the templates of an account, page by page
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from pombal.errors import Permanent, Rejected, Temporary, Unreachable
+from providers import http, meta_errors
+from providers.inbound import TemplateStatus
+from providers.outbound import Answer, Fault, Kind, Outcome, Outgoing, Scope
+
+_MAX_ID = 512
+_PAGES = 50  # of 100 templates; an account has at most 250, or 6,000 when it is verified
+_MOST_TRACE = 64
+
+
+class GraphSender:
+    """The way out of one number. Times out after 30 s in all; never repeats a call by itself."""
+
+    def __init__(self, client: httpx.AsyncClient, base_url: str, version: str, *, number: str, token: str) -> None:
+        self._client = client
+        self._url = f"{base_url.rstrip('/')}/{version}/{quote(number, safe='')}/messages"
+        self._has_token = bool(token)
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+    async def send(self, message: Outgoing) -> Answer:
+        """What became of the call. An answer that does not say so, whatever its status, is an unknown outcome."""
+        if not self._has_token:
+            return Answer(Outcome.REFUSED, fault=_NO_TOKEN)
+        content = msgspec.json.encode(payload(message))
+        request = self._client.build_request("POST", self._url, content=content, headers=self._headers)
+        try:
+            reply = await http.call(self._client, request)
+        except http.NoReply as error:
+            outcome = Outcome.UNKNOWN if error.has_left else Outcome.NOT_SENT
+            return Answer(outcome, http_status=error.status, why=error.why)
+        return read(reply, has_link=_has_link(message))
+
+
+_NO_TOKEN = Fault(Kind.AUTH, Scope.CHANNEL, "no_token", "this channel has no access token")
+
+
+def payload(message: Outgoing) -> dict[str, Any]:
+    """The body of a send (§9). A phone goes into `to`, with its plus; a BSUID into `recipient` (§5)."""
+    if message.type == "read":
+        return {"messaging_product": "whatsapp", "status": "read", **message.body["read"]}
+    whom = "to" if (message.recipient or "").startswith("+") else "recipient"
+    return {
+        "messaging_product": "whatsapp",
+        "recipient_type": "individual",
+        whom: message.recipient,
+        "type": message.type,
+        **message.body,
+        "biz_opaque_callback_data": message.callback,
+    }
+
+
+def read(reply: http.Reply, *, has_link: bool = False) -> Answer:
+    """What Graph's answer to a send means."""
+    body = _json(reply.body)
+    error = body.get("error") if body else None
+    trace = error.get("fbtrace_id") if isinstance(error, dict) else None
+    trace = trace[:_MOST_TRACE] if isinstance(trace, str) else None
+    if 200 <= reply.status < 300 and error is None:
+        return _accepted(reply, body)
+    if reply.status >= 500 and not isinstance(error, dict):
+        # A page of some machine on the way: it does not say how far the request came (§14).
+        return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer that is not Graph's")
+    if 300 <= reply.status < 400:
+        fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, f"http_{reply.status}", "a redirect, not followed", tries=3)
+    elif body is None and reply.status not in (401, 403, 429):
+        fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, f"http_{reply.status}", "an answer that is not Graph's", tries=6)
+    else:
+        details = error if isinstance(error, dict) else None
+        fault = meta_errors.fault(details, reply.status, reply.headers, has_link=has_link)
+    return Answer(Outcome.REFUSED, http_status=reply.status, fault=fault, trace_id=trace)
+
+
+def _accepted(reply: http.Reply, body: dict[str, Any] | None) -> Answer:
+    if body is not None and body.get("success") is True:  # of a read receipt
+        return Answer(Outcome.ACCEPTED, http_status=reply.status)
+    messages = (body or {}).get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    wamid = first.get("id") if isinstance(first, dict) else None
+    if not isinstance(wamid, str) or not 0 < len(wamid) <= _MAX_ID or "\0" in wamid:
+        return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer without a message id")
+    return Answer(
+        Outcome.ACCEPTED,
+        provider_id=wamid,
+        identities=_identities((body or {}).get("contacts")),
+        http_status=reply.status,
+    )
+
+
+def _identities(contacts: Any) -> tuple[tuple[str, str], ...]:
+    """By what Meta knows the recipient: the canonical phone may lack the ninth digit we sent to (§5)."""
+    contact = contacts[0] if isinstance(contacts, list) and contacts else None
+    if not isinstance(contact, dict):
+        return ()
+    found = (("bsuid", contact.get("user_id")), ("phone", contact.get("wa_id")))
+    return tuple((kind, v) for kind, v in found if isinstance(v, str) and 0 < len(v) <= _MAX_ID and "\0" not in v)
+
+
+def _has_link(message: Outgoing) -> bool:
+    media = message.body.get(message.type)
+    return isinstance(media, dict) and "link" in media
+
+
+def _json(raw: bytes) -> dict[str, Any] | None:
+    try:
+        value = msgspec.json.decode(raw)
+    except (ValueError, RecursionError):  # not UTF-8 and not JSON are both ValueErrors
+        return None
+    return value if isinstance(value, dict) else None
+
+
+async def templates(
+    client: httpx.AsyncClient, base_url: str, version: str, *, waba_id: str, token: str
+) -> list[TemplateStatus]:
+    """All templates of an account with Meta's present verdict on each.
+
+    Raises `Unreachable` when Meta does not answer, `Temporary` for what may pass, `Permanent` for a token or an id that
+    Meta does not take, `Rejected` for an answer that cannot be understood.
+    """
+    url = f"{base_url.rstrip('/')}/{version}/{quote(waba_id, safe='')}/message_templates"
+    found: list[TemplateStatus] = []
+    after: str | None = None
+    for _ in range(_PAGES):
+        # The next page by its cursor: a ready-made `next` link could lead the token to any host.
+        params = {"fields": "name,language,status,category", "limit": "100", **({"after": after} if after else {})}
+        request = client.build_request("GET", url, params=params, headers={"Authorization": f"Bearer {token}"})
+        asked_at = datetime.now(UTC)
+        try:
+            reply = await http.call(client, request)
+        except http.NoReply as error:
+            raise Unreachable(f"Meta gave no answer ({error.why})") from None
+        body = _json(reply.body)
+        if reply.status != 200 or body is None or not isinstance(body.get("data"), list):
+            raise _failure(reply, body)
+        found += [_template(element, asked_at) for element in body["data"]]
+        paging = body.get("paging")
+        cursors = paging.get("cursors") if isinstance(paging, dict) and paging.get("next") else None
+        after = cursors.get("after") if isinstance(cursors, dict) else None
+        if not isinstance(after, str) or not after:
+            return found
+    raise Rejected(f"more than {_PAGES} pages of templates")
+
+
+def _failure(reply: http.Reply, body: dict[str, Any] | None) -> Exception:
+    if body is None or reply.status == 200:
+        return Rejected(f"HTTP {reply.status} with an answer that is not a list of templates")
+    error = body.get("error")
+    fault = meta_errors.fault(error if isinstance(error, dict) else None, reply.status, reply.headers)
+    kind = Temporary if fault.kind in (Kind.TRANSIENT, Kind.THROTTLE) else Permanent
+    return kind(f"Meta refuses: code {fault.code}")
+
+
+def _template(element: Any, at: datetime) -> TemplateStatus:
+    match element:
+        case {"name": str(name), "language": str(language), "status": str(status)} if name and language and status:
+            category = element.get("category")
+            return TemplateStatus(
+                path="$.data",
+                name=name[:_MAX_ID],
+                language=language[:_MAX_ID],
+                status=status[:_MAX_ID].lower(),
+                at=at,
+                category=category if isinstance(category, str) else None,
+            )
+    raise Rejected("a template without name, language or status")

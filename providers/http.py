@@ -1,0 +1,71 @@
+"""HTTP towards providers: one pooled client per process, and a call that always ends.
+
+The total time of a call is bounded, and so is what is read of its answer; redirects are not followed, no proxy of the
+environment is used, and an encoded answer is refused unread (security-reliability.md O5, O7, X10).
+"""
+
+import asyncio
+from typing import NamedTuple
+
+import httpx
+
+DEADLINE = 30.0  # seconds for a whole call, from connecting to the last byte
+MOST_BYTES = 1024 * 1024
+_CONNECT = 10.0
+# A server may close an idle connection just when it is used again, which looks like an answer that was lost: use one
+# only for so long as no server is known to close it.
+_KEEP_ALIVE = 20.0
+
+
+class Reply(NamedTuple):
+    """A whole answer, of whatever status."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class NoReply(Exception):
+    """No usable answer came. `has_left` is False when the request certainly reached nobody. The text names no host."""
+
+    def __init__(self, why: str, *, has_left: bool, status: int | None = None) -> None:
+        super().__init__(why)
+        self.why, self.has_left, self.status = why, has_left, status
+
+
+def new_client() -> httpx.AsyncClient:
+    """A client for one event loop. Connections are kept alive and shared by all channels."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(DEADLINE, connect=_CONNECT, pool=_CONNECT),
+        limits=httpx.Limits(max_connections=1_000, max_keepalive_connections=200, keepalive_expiry=_KEEP_ALIVE),
+        headers={"Accept-Encoding": "identity", "User-Agent": "pombal"},
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+async def call(client: httpx.AsyncClient, request: httpx.Request) -> Reply:
+    """The answer, in time and in bounds. Raises `NoReply`, and nothing else that the network could cause."""
+    has_left = False
+    try:
+        async with asyncio.timeout(DEADLINE):
+            # Until there is a connection nothing has left; httpx tells by the type of its errors.
+            response = await client.send(request, stream=True)
+            has_left = True
+            try:
+                if response.headers.get("content-encoding", "identity").lower() != "identity":
+                    raise NoReply("an encoded answer", has_left=True, status=response.status_code)
+                body = bytearray()
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > MOST_BYTES:
+                        raise NoReply("an answer over 1 MiB", has_left=True, status=response.status_code)
+            finally:
+                await response.aclose()
+            return Reply(response.status_code, response.headers, bytes(body))
+    except TimeoutError:
+        raise NoReply("no answer in time", has_left=True) from None
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+        raise NoReply(type(error).__name__, has_left=has_left) from None
+    except httpx.HTTPError as error:
+        raise NoReply(type(error).__name__, has_left=True) from None

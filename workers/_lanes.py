@@ -1,0 +1,246 @@
+"""Sending from lanes, beside a worker's threads: one event loop per process, one task per lane that it has.
+
+A provider that hangs holds up its own lane and no thread of the worker. A lane is worked in *turns*: in one commit the
+answers that came are written down, what may go next is marked `sending` with its attempts, and the next candidates are
+picked; then the calls are made, at the slots that the pace gives them. After a slice of time the lane is given back,
+and its bell goes to the end of the queue. Not a queue, hence the underscore.
+"""
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+import dramatiq
+import httpx
+import redis
+from dramatiq.middleware import Middleware
+
+from models import Channel
+from models.attempt import callback_of
+from pombal import log, metrics
+from pombal.middleware import is_store_trouble
+from pombal.pace import Pace, client_for_pace
+from pombal.settings import settings
+from providers import connect, http
+from providers.outbound import Answer, Outcome, Outgoing, Sender
+from workers._line import Line, Plan, Work
+
+_log = log.get()
+T = TypeVar("T")
+
+_SLICE = 10.0  # seconds in a row that a lane may be sent from while others wait
+_LOOK = 0.5  # seconds between looks at the line while all that goes on is waiting for answers
+_GATHER = 0.02  # … that answers are gathered for, so that they share a commit
+_STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
+_STOP_PATIENCE = 15.0  # … that calls under way are waited for when the process is told to stop
+_THREADS = 4  # for the database, shared by all lanes, first come first served
+
+
+class Lanes(Middleware):
+    """The lanes that this process sends from."""
+
+    def __init__(self, ring: Callable[[UUID], None]) -> None:
+        self._ring = ring  # asks for another turn at the end of the queue
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._client: httpx.AsyncClient | None = None
+        self._pace: Pace | None = None
+        self._runs: dict[UUID, Run] = {}
+        self.has_worker = False
+        self.stopping = False
+
+    def after_worker_boot(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
+        self.has_worker = True
+
+    def before_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
+        self.stop()
+
+    def wake(self, channel_id: UUID) -> "Future[None]":
+        """Send from this lane until its slice is over or nothing is due, here or wherever somebody has it.
+
+        Returns at once. The future is done when this process has nothing more to do with the lane.
+        """
+        return asyncio.run_coroutine_threadsafe(self._wake(channel_id), self._started())
+
+    def stop(self) -> None:
+        """Begin nothing more, wait for the calls under way, and give all lanes back."""
+        self.stopping = True
+        with self._lock:
+            loop = self._loop
+        if loop:
+            asyncio.run_coroutine_threadsafe(self._finish(), loop).result(_STOP_PATIENCE + 5)
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        # Not at import: a loop and its threads would not survive the fork that makes the worker's process.
+        with self._lock:
+            if self._loop is None:
+                self._loop = _new_loop()
+                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="lanes")
+                self._pace = Pace(client_for_pace(settings().require_redis()))
+                threading.Thread(target=self._loop.run_forever, name="lanes", daemon=True).start()
+            return self._loop
+
+    async def _wake(self, channel_id: UUID) -> None:
+        run = self._runs.get(channel_id)
+        if run is None:
+            if self.stopping:
+                return  # whoever takes over is rung by the sweep
+            run = self._runs[channel_id] = Run(self, channel_id)
+            run.task = asyncio.create_task(self._work(run))
+        else:
+            run.look()
+        await asyncio.shield(run.task)
+
+    async def _work(self, run: "Run") -> None:
+        try:
+            is_due = await run.work()
+        except Exception as error:
+            # The lease runs out, and the sweep rings again; what was under way is unknown then.
+            describe = {"channel_id": str(run.channel_id), "error": log.described(error)}
+            if is_store_trouble(error):
+                _log.warning("lane_waits_for_a_store", **describe)
+            else:
+                _log.error("lane_failed", **describe, traceback=log.redacted(error))
+            is_due = False
+        finally:
+            del self._runs[run.channel_id]
+        if is_due:
+            try:
+                await self.in_thread(functools.partial(self._ring, run.channel_id))
+            except redis.RedisError as error:
+                _log.warning("bell_lost", channel_id=str(run.channel_id), error=log.described(error))  # the sweep rings
+
+    async def _finish(self) -> None:
+        for run in self._runs.values():
+            run.look()
+        running = [run.task for run in self._runs.values()]
+        if running:
+            await asyncio.wait(running, timeout=_STOP_PATIENCE + 3)
+
+    def client(self) -> httpx.AsyncClient:
+        if self._client is None:
+            self._client = http.new_client()
+        return self._client
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    @property
+    def pace(self) -> Pace:
+        assert self._pace is not None  # noqa: S101 - made with the loop that this runs on
+        return self._pace
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class Run:
+    """One slice of one lane's time."""
+
+    task: "asyncio.Task[None]"
+
+    def __init__(self, lanes: Lanes, channel_id: UUID) -> None:
+        self.channel_id = channel_id
+        self._lanes = lanes
+        self._news = asyncio.Event()
+        self._open: dict[asyncio.Task[None], Work] = {}
+        self._done: list[tuple[Work, Answer]] = []
+        self._last_fire = 0.0
+
+    def look(self) -> None:
+        """There may be something new in the line, or a reason to stop."""
+        self._news.set()
+
+    async def work(self) -> bool:
+        """Take the lane, send, give it back. True when something is due that may be sent: it wants another turn."""
+        line = await self._lanes.in_thread(functools.partial(Line.take, self.channel_id, uuid4(), self._lanes.pace))
+        if line is None:
+            return False
+        sender = self._sender(line.channel)
+        began, stop_at = time.monotonic(), None
+        while True:
+            is_over = time.monotonic() - began > _SLICE
+            if self._lanes.stopping:
+                is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
+                if time.monotonic() > stop_at:
+                    self._give_up_waiting()
+            plan = await self._turn(line, may_begin=not is_over)
+            for work, slot in plan.begun:
+                task = asyncio.create_task(self._deliver(sender, work, slot, 1 / line.per_second))
+                self._open[task] = work
+                task.add_done_callback(self._closed)
+            if not self._open and not self._done and (is_over or not plan.goes_on):
+                self._news.clear()
+                is_due = await self._lanes.in_thread(line.release)
+                return is_due or self._news.is_set()  # a bell that rang while the lane was being given back
+            await self._wait(plan, can_gather=len(self._open) > 1)
+
+    async def _turn(self, line: Line, *, may_begin: bool) -> Plan:
+        """One commit. While the database is away the answers are kept here; nothing more is sent meanwhile."""
+        done, self._done = self._done, []
+        give_up_at = time.monotonic() + _STORE_PATIENCE
+        while True:
+            turn = functools.partial(line.turn, done, in_flight=len(self._open), may_begin=may_begin)
+            try:
+                return await self._lanes.in_thread(turn)
+            except Exception as error:
+                if not is_store_trouble(error) or time.monotonic() > give_up_at:
+                    raise
+                _log.warning("answers_wait_for_a_store", answers=len(done), error=log.described(error))
+            await asyncio.sleep(0.5)
+            more, self._done = self._done, []
+            done += more
+
+    async def _wait(self, plan: Plan, *, can_gather: bool) -> None:
+        """Until there is something to do: an answer, a bell, a slot, or the next look at the line."""
+        if plan.wait is None or plan.wait > 0:
+            try:
+                async with asyncio.timeout(_LOOK if plan.wait is None else min(plan.wait, _LOOK)):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            if self._done and can_gather:
+                await asyncio.sleep(_GATHER)
+        self._news.clear()
+
+    async def _deliver(self, sender: Sender, work: Work, slot: float, gap: float) -> None:
+        # After a stall the slots that passed are made up for one by one, never in a bunch.
+        fire_at = max(slot, time.monotonic(), self._last_fire + gap)
+        self._last_fire = fire_at
+        if (wait := fire_at - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        if self._lanes.stopping:
+            self._done.append((work, Answer(Outcome.NOT_SENT, why="the process was told to stop")))
+            return
+        began = time.monotonic()
+        try:
+            answer = await sender.send(Outgoing(work.type, work.body, work.recipient, callback_of(work.attempt_id)))
+        except Exception as error:  # of our own making: the call may have left
+            _log.error("send_failed", channel_id=str(self.channel_id), traceback=log.redacted(error))
+            answer = Answer(Outcome.UNKNOWN, why=type(error).__name__)
+        metrics.provider_seconds.labels(provider=work.provider, operation="send").observe(time.monotonic() - began)
+        self._done.append((work, answer))
+
+    def _closed(self, task: "asyncio.Task[None]") -> None:
+        work = self._open.pop(task)
+        if task.cancelled():
+            self._done.append((work, Answer(Outcome.UNKNOWN, why="the process stopped before an answer came")))
+        self._news.set()
+
+    def _give_up_waiting(self) -> None:
+        for task in self._open:
+            task.cancel()
+
+    def _sender(self, channel: Channel) -> Sender:
+        return connect(channel.kind, self._lanes.client(), channel.config, channel.secrets())

@@ -1,0 +1,490 @@
+"""One lane's turns: what a commit writes down, and what goes next.
+
+Table by table in the order that every transaction of the fleet keeps: identities, reports, the lane, attempts,
+messages, conversations, events, dead letters. Everything here runs in a thread and opens transactions of its own; no
+call to a provider happens in one.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
+
+from sqlalchemy import RowMapping
+from sqlalchemy.orm import Session
+
+from models import (
+    Attempt,
+    Channel,
+    ContactIdentity,
+    Conversation,
+    DeadLetter,
+    Event,
+    Hold,
+    Lane,
+    Message,
+    MessageStatus,
+    StatusReport,
+    outgoing,
+)
+from models.dead_letter import letter
+from pombal import db, log, metrics
+from pombal.ids import uuid7
+from pombal.pace import Grant, Pace
+from providers.outbound import Answer, Outcome, Scope
+from workers import _verdicts
+from workers._verdicts import Heed, Verdict
+
+_log = log.get()
+T = TypeVar("T")
+
+_RERUNS = 5
+_RATE = 80.0  # messages a second of a number, unless its channel says otherwise (whatsapp-cloud-api.md §10)
+_MARGIN = 0.95  # … of it is used: the provider counts by its own clock
+_FEWEST, _MOST = 8, 64  # calls at once: at the start, and at most (more for a number with a high rate)
+_OUTAGE = 5  # points (`_verdicts.misses`) after which only probes are sent
+_SLOWEST = 0.1  # share of the rate
+_RECOVERY = 10.0  # seconds without a throttle after which the pace rises again
+_FREE_FORM_PASS = ("template", "read")  # what the 24-hour window does not concern
+_WINDOW_CLOSED = "more than 24 hours since the customer last wrote: only a template may be sent"
+
+
+class Work(NamedTuple):
+    """One message under way."""
+
+    id: UUID
+    attempt_id: UUID
+    conversation_id: UUID
+    contact_id: UUID
+    provider: str
+    type: str
+    body: dict[str, Any]
+    recipient: str | None
+    attempts: int
+    tries: int
+    throttles: int
+    is_probe: bool
+
+
+class Plan(NamedTuple):
+    """What follows from a turn: calls to make, each with its slot on the monotonic clock; and when to look again.
+
+    `wait` in seconds, None for whenever something happens; `goes_on` is False when nothing may or need be sent.
+    """
+
+    begun: list[tuple[Work, float]]
+    wait: float | None
+    goes_on: bool
+
+
+class Line:
+    """A lane that this process holds, for one slice."""
+
+    def __init__(self, lane: RowMapping, channel: Channel, token: UUID, pace: Pace) -> None:
+        self.channel = channel
+        self._lane, self._token, self._pace_of = lane, token, pace
+        self._tenant: UUID = lane["tenant_id"]
+        self._id: UUID = lane["channel_id"]
+        config = channel.config
+        self._rate = float(config.get("messages_per_second", _RATE))
+        self._settle = timedelta(seconds=float(config.get("settle_seconds", outgoing.SETTLE_WAIT.total_seconds())))
+        self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
+        self._share: float = lane["pace"]
+        self._share_at = time.monotonic()
+        self._misses: int = lane["misses"]
+        self._is_held = lane["hold"] is not None
+        self._is_ours = True
+        self._most = max(float(_MOST), self._rate / 2)
+        self._window = 1.0 if self._is_held or self._misses else float(_FEWEST)
+        self._candidates: list[RowMapping] = []
+
+    @property
+    def per_second(self) -> float:
+        return self._rate
+
+    @classmethod
+    def take(cls, channel_id: UUID, token: UUID, pace: Pace) -> "Line | None":
+        """The lane's line, if something is due in it that may be sent and nobody else has it."""
+
+        def take(s: Session) -> "Line | None":
+            lane = Lane.take(s, channel_id, token)
+            if lane is None:
+                return None
+            db.see(s, [lane["tenant_id"]])
+            line = cls(lane, s.get_one(Channel, (lane["tenant_id"], channel_id)), token, pace)
+            line._abandoned(s)
+            line._candidates, _ = outgoing.due(s, line._tenant, channel_id, int(line._window))
+            return line
+
+        return _in_one_commit([], take)
+
+    def release(self) -> bool:
+        """Give the lane back; True when something is due in it."""
+
+        def release(s: Session) -> bool:
+            if Lane.renew(s, self._id, self._token) is None:
+                return False
+            self._abandoned(s)  # what a commit began whose answer was lost
+            return Lane.release(s, self._tenant, self._id, self._token)
+
+        return _in_one_commit([self._tenant], release)
+
+    def turn(self, done: list[tuple[Work, Answer]], *, in_flight: int, may_begin: bool) -> Plan:
+        """Write the answers down, begin what may go, and pick the next candidates: one commit.
+
+        It may be called again with the same answers after an error of the database.
+        """
+        asked = time.monotonic()
+        grants = self._grants(in_flight) if may_begin else []
+        turn = Turn(self, done)
+        lane, begun = _in_one_commit([self._tenant], lambda s: turn.write(s, grants, in_flight, may_begin))
+        self._is_ours = lane is not None
+        turn.committed()
+        if lane is not None and turn.neighbours:
+            self._pause_neighbours(lane, turn.neighbours)
+        slots = [(work, asked + wait) for work, wait in begun]
+        if not self._candidates:
+            # All that was looked at is behind others; there may be more of another kind after them.
+            return Plan(slots, 0.0 if turn.is_more else None, goes_on=turn.is_more)
+        room = self._window - in_flight - len(begun)
+        full = [grant.wait for _, grant in grants if grant.full == "number"]
+        wait = None if room < 1 else max(min(full), 0.005) if full else 0.0
+        return Plan(slots, wait, goes_on=True)
+
+    def _grants(self, in_flight: int) -> list[tuple[RowMapping, Grant]]:
+        """The candidates that there is room for, each with the leave of its number and its recipient."""
+        room = max(0, int(self._window) - in_flight)
+        chosen = self._candidates[:room]
+        # A receipt is no message to somebody: the limit of its recipient does not count it.
+        whom = [str(row["id"] if row["type"] == "read" else row["conversation_id"]) for row in chosen]
+        number = str(self._lane["app_id"] or "") + ":" + str(self.channel.config.get("phone_number_id", self._id))
+        per_second = self._rate * _MARGIN * self._share
+        return list(zip(chosen, self._pace_of.grants(number, whom, per_second), strict=True))
+
+    def _abandoned(self, s: Session) -> None:
+        left = Attempt.abandoned(s, self._tenant, self._id, self._settle)
+        Event.append(s, [outgoing.event(row, MessageStatus.UNKNOWN) for row in left])
+
+    def _pause_neighbours(self, lane: RowMapping, heed: Heed) -> None:
+        """A limit of the account or the app was reached: all its lanes pause. Many rows, so a commit of their own."""
+        if lane["app_id"] is None:
+            return
+        waba = lane["waba_id"] if heed.scope is Scope.WABA else None
+        _in_one_commit(
+            [],
+            lambda s: Lane.pause_all(s, code=heed.code, seconds=heed.pause, app_id=lane["app_id"], waba_id=waba),
+        )
+
+
+class Turn:
+    """One commit of a line, and what is said of it afterwards."""
+
+    def __init__(self, line: Line, done: list[tuple[Work, Answer]]) -> None:
+        self._line, self._done = line, done
+        self._tenant, self._id = line._tenant, line._id
+        self._provider = line.channel.kind
+        self._reset()
+
+    def _reset(self) -> None:
+        """A turn may run twice: after a deadlock, or when the database was away."""
+        line = self._line
+        self.events: list[dict[str, Any]] = []
+        self.letters: list[dict[str, Any]] = []
+        self.said: list[Callable[[], None]] = []  # log lines and counts, once it is committed
+        self.left: set[UUID] = set()  # conversations that somebody left the line in
+        self.neighbours: Heed | None = None
+        self.stops = False
+        self.is_more = False
+        self.misses, self.share, self.window, self.is_held = line._misses, line._share, line._window, line._is_held
+        self.share_at = line._share_at
+
+    def write(
+        self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
+    ) -> tuple[RowMapping | None, list[tuple[Work, float]]]:
+        self._reset()
+        accepted = [(work, answer) for work, answer in self._done if answer.outcome is Outcome.ACCEPTED]
+        ContactIdentity.add(s, list(self._identities(accepted)))
+        StatusReport.touch(s, [(self._tenant, self._id, a.provider_id) for _, a in accepted if a.provider_id])
+        lane = Lane.renew(s, self._id, self._line._token)
+        if lane is None:  # the lease ran out: the answers are facts all the same
+            Lane.lock(s, [self._id])
+        self._record(s, accepted)
+        self._heed(s, lane)
+        begun: list[tuple[Work, float]] = []
+        candidates: list[RowMapping] = []
+        if lane is not None and may_begin and lane["may_send"] and not self.stops:
+            begun = self._begin(s, grants, is_probe=lane["hold"] is not None)
+            self._decide_overdue(s)
+            outgoing.wake(s, self._tenant, self.left)
+            self.left.clear()
+            most = max(int(self.window) - in_flight - len(begun), 4)
+            candidates, self.is_more = outgoing.due(s, self._tenant, self._id, most)
+        outgoing.wake(s, self._tenant, self.left)
+        if lane is not None and (self.misses, self.share) != (lane["misses"], lane["pace"]):
+            Lane.went(s, self._id, misses=self.misses, pace=self.share)
+        Event.append(s, self.events)
+        DeadLetter.record(s, self.letters)
+        self._candidates = candidates
+        return lane, begun
+
+    def committed(self) -> None:
+        """Say what the commit came to, and go on from its state."""
+        line = self._line
+        line._misses, line._share, line._share_at = self.misses, self.share, self.share_at
+        line._window, line._is_held, line._candidates = self.window, self.is_held, self._candidates
+        for say in self.said:
+            say()
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _record(self, s: Session, accepted: list[tuple[Work, Answer]]) -> None:
+        news = Attempt.end(s, self._tenant, [_ended(work, answer) for work, answer in self._done])
+        self._adopt(s, [(work, answer) for work, answer in accepted if work.attempt_id in news])
+        self._put(
+            s,
+            [
+                (work, _verdicts.verdict(answer, type_=work.type, tries=work.tries, throttles=work.throttles,
+                                         settle=self._line._settle))
+                for work, answer in self._done
+                if answer.outcome is not Outcome.ACCEPTED and work.attempt_id in news
+            ],
+        )  # fmt: skip
+        for _, answer in self._done:
+            if answer.outcome is Outcome.ACCEPTED:
+                continue
+            kind = answer.fault.kind if answer.fault else answer.outcome
+            self.said.append(metrics.provider_errors.labels(self._provider, kind).inc)
+
+    def _adopt(self, s: Session, accepted: list[tuple[Work, Answer]]) -> None:
+        given = [
+            {"id": work.id, "attempt_id": work.attempt_id, "provider_id": answer.provider_id}
+            for work, answer in accepted
+        ]
+        works = {work.id: work for work, _ in accepted}
+        for row in outgoing.adopt(s, self._tenant, given):
+            self.left.add(row["conversation_id"])
+            if row["is_adopted"]:
+                self.events.append(outgoing.event(row, MessageStatus.SENT))
+                self._say("sent", "message_sent", row)
+            elif works[row["id"]].type != "read":
+                self.said.append(metrics.double_sends.labels(self._provider).inc)
+        keys = [(self._tenant, self._id, answer.provider_id) for _, answer in accepted if answer.provider_id]
+        self.events += [outgoing.event(row, row["status"]) for row in Message.catch_up(s, keys)]
+        for work, _ in accepted:
+            if work.type == "read":
+                Conversation.was_read(s, self._tenant, self._id, work.body["read"]["message_id"])
+
+    def _put(self, s: Session, verdicts: list[tuple[Work | RowMapping, Verdict]]) -> None:
+        """Move messages to where their verdicts say."""
+        by_id: dict[UUID, Verdict] = {}
+        given = []
+        for message, verdict in verdicts:
+            ids = _ids(message)
+            by_id[ids["id"]] = verdict
+            given.append(ids | {name: getattr(verdict, name) for name in _PUT_FIELDS})
+        for row in outgoing.put(s, self._tenant, given):
+            verdict = by_id[row["id"]]
+            more = {"error_code": row["error_code"]} if row["error_code"] else {}
+            self.events.append(outgoing.event(row, row["status"], **more))
+            if row["status"] != MessageStatus.QUEUED and row["due_at"] is None:
+                self.left.add(row["conversation_id"])
+            if row["status"] == MessageStatus.FAILED:
+                self._say("failed", "message_failed", row, code=row["error_code"])
+            elif row["status"] == MessageStatus.UNKNOWN and row["due_at"] is not None:
+                self._say("unknown", "message_unknown", row)
+            if verdict.is_given_up:
+                self.letters.append(self._letter(row, verdict))
+
+    def _say(self, outcome: str, event: str, row: RowMapping, **more: Any) -> None:
+        labels = {"direction": "out", "provider": self._provider, "outcome": outcome}
+        ids = {"message_id": str(row["id"]), "channel_id": str(self._id), "tenant_id": str(self._tenant)}
+
+        def say() -> None:
+            metrics.messages.labels(**labels).inc()
+            _log.info(event, **ids, attempt=row["attempts"], **more)
+
+        self.said.append(say)
+
+    def _letter(self, row: RowMapping, verdict: Verdict) -> dict[str, Any]:
+        return letter(
+            key=f"message:{row['id']}",
+            actor="outgoing_message",
+            args=[str(self._id)],
+            tenant_id=self._tenant,
+            message_id=row["id"],
+            error=verdict.error or "given up",
+            cause=verdict.error_code,
+            failures=row["attempts"],
+        )
+
+    def _identities(self, accepted: list[tuple[Work, Answer]]) -> Any:
+        """What the provider calls a recipient, beside what we called them: webhooks will use those names."""
+        for work, answer in accepted:
+            for kind, value in answer.identities:
+                if value not in (work.recipient, (work.recipient or "").removeprefix("+")):
+                    yield self._tenant, self._id, kind, value, work.contact_id
+
+    # -- the lane ----------------------------------------------------------------------------------------------------
+
+    def _heed(self, s: Session, lane: RowMapping | None) -> None:
+        """Holds, pauses, the pace and the number of calls at once, as the answers demand."""
+        is_tried = False
+        for work, answer in self._done:
+            points = _verdicts.misses(answer)
+            if points:
+                # A message that fails again and again speaks for itself, and not for an outage.
+                is_first = answer.outcome is not Outcome.REFUSED or work.tries == 0
+                self.misses += points if is_first else 0
+                self.window = max(1.0, self.window / 2)
+            else:
+                self.misses = 0
+                self.window = min(self._line._most, self.window + 1)
+            is_tried = is_tried or work.is_probe
+        probe = next((answer for work, answer in self._done if work.is_probe), None)
+        heeds = [heed for _, answer in self._done if (heed := _verdicts.heed(answer))]
+        holds = [heed for heed in heeds if heed.hold]
+        if holds:
+            self._hold(s, holds[0], is_probe=is_tried)
+        elif probe is not None and _verdicts.misses(probe) and lane is not None and lane["hold"]:
+            held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
+            self._hold(s, held, is_probe=True)
+        elif probe is not None and lane is not None and lane["hold"]:
+            self._resume(s)
+        elif self.misses >= _OUTAGE and lane is not None and not lane["hold"]:
+            self._hold(s, Heed(Hold.OUTAGE, code="no_answer", reason="the provider does not answer"), is_probe=False)
+        for heed in heeds:
+            if heed.pause:
+                self._pause(s, heed)
+        if self.share < 1 and time.monotonic() - self.share_at > _RECOVERY:
+            self.share, self.share_at = min(1.0, self.share * 1.25), time.monotonic()
+
+    def _hold(self, s: Session, heed: Heed, *, is_probe: bool) -> None:
+        self.stops = self.is_held = True
+        hold = heed.hold or Hold.OUTAGE
+        if Lane.set_hold(s, self._id, hold, code=heed.code, reason=heed.reason, is_probe=is_probe):
+            payload = {"hold": hold, "code": heed.code}
+            self.events.append(Event.row("channel_held", self._tenant, self._id, None, payload))
+
+            def say() -> None:
+                metrics.holds.labels(hold=hold).inc()
+                _log.error("channel_held", channel_id=str(self._id), hold=hold, code=heed.code)
+
+            self.said.append(say)
+
+    def _resume(self, s: Session) -> None:
+        self.is_held, self.misses = False, 0
+        Lane.resume(s, self._id)
+        self.events.append(Event.row("channel_resumed", self._tenant, self._id, None, {}))
+        self.said.append(lambda: _log.info("channel_resumed", channel_id=str(self._id)))
+
+    def _pause(self, s: Session, heed: Heed) -> None:
+        self.stops = True
+        if heed.is_too_fast and time.monotonic() - self.share_at > 1:  # once for all that were under way
+            self.share = max(_SLOWEST, self.share / 2)
+        self.share_at = time.monotonic()
+        Lane.pause(s, channel_id=self._id, code=heed.code, seconds=heed.pause)
+        if heed.scope in (Scope.WABA, Scope.APP):
+            self.neighbours = heed
+
+    # -- what goes next ----------------------------------------------------------------------------------------------
+
+    def _begin(self, s: Session, grants: list[tuple[RowMapping, Grant]], *, is_probe: bool) -> list[tuple[Work, float]]:
+        outgoing.delay(s, self._tenant, {row["id"]: grant.wait for row, grant in grants if grant.full == "pair"})
+        free = [(row, grant.wait) for row, grant in grants if not grant.full]
+        refused: list[tuple[Work | RowMapping, Verdict]] = []
+        bodies = self._bodies(s, [row for row, _ in free], refused)
+        attempts = [{"message_id": id_, "attempt_id": uuid7()} for id_ in bodies]
+        begun = Attempt.begin(s, self._tenant, self._id, attempts)
+        self._put(s, refused)
+        works = []
+        for row, wait in free:
+            if row["id"] in begun:
+                works.append((self._work(row, begun[row["id"]], bodies[row["id"]], is_probe=is_probe), wait))
+                self.events.append(outgoing.event(row, MessageStatus.SENDING, attempt=row["attempts"] + 1))
+        return works
+
+    def _bodies(
+        self, s: Session, rows: list[RowMapping], refused: list[tuple[Work | RowMapping, Verdict]]
+    ) -> dict[UUID, dict[str, Any]]:
+        """What to send of each message, with the provider's id of the message it refers to. Some cannot be sent."""
+        named = {row["id"]: name for row in rows if (name := outgoing.reference(row["body"]))}
+        found = Message.named(s, [(self._tenant, self._id, name) for name in named.values()])
+        bodies = {}
+        for row in rows:
+            name = named.get(row["id"])
+            target = found.get((self._tenant, self._id, name)) if name else None
+            if row["is_window_closed"] and row["type"] not in _FREE_FORM_PASS:
+                refused.append((row, Verdict(MessageStatus.FAILED, error_code="131047", error=_WINDOW_CLOSED)))
+            elif target is not None and target["provider_id"] is None:
+                text = "the message it refers to was not sent"
+                refused.append((row, Verdict(MessageStatus.FAILED, error_code="reference_not_sent", error=text)))
+            else:
+                bodies[row["id"]] = outgoing.referring(row["body"], target["provider_id"]) if target else row["body"]
+        return bodies
+
+    def _work(self, row: RowMapping, attempt_id: UUID, body: dict[str, Any], *, is_probe: bool) -> Work:
+        if row["attempts"] == 0:
+            waited = row["waited"]
+            self.said.append(lambda: metrics.send_wait.labels(self._provider).observe(max(0.0, float(waited))))
+        return Work(
+            id=row["id"],
+            attempt_id=attempt_id,
+            conversation_id=row["conversation_id"],
+            contact_id=row["contact_id"],
+            provider=self._provider,
+            type=row["type"],
+            body=body,
+            recipient=row["recipient"],
+            attempts=row["attempts"] + 1,
+            tries=row["tries"],
+            throttles=row["throttles"],
+            is_probe=is_probe,
+        )
+
+    def _decide_overdue(self, s: Session) -> None:
+        """No status told in time what became of these: the channel's policy decides."""
+        decided: list[tuple[Work | RowMapping, Verdict]] = []
+        for row in outgoing.overdue(s, self._tenant, self._id):
+            verdict = _verdicts.unanswered(unknowns=row["unknowns"], policy=self._line._policy)
+            outcome = "asked" if verdict.is_given_up else "once_more"
+            self.said.append(metrics.unknown_sends.labels(self._provider, outcome).inc)
+            decided.append((row, verdict))
+        self._put(s, decided)
+
+
+_PUT_FIELDS = ("status", "delay", "tries", "throttles", "unknowns", "error_code", "error")
+
+
+def _ids(message: Work | RowMapping) -> dict[str, Any]:
+    if isinstance(message, Work):
+        return {"id": message.id, "attempt_id": message.attempt_id}
+    return {"id": message["id"], "attempt_id": message["attempt_id"]}
+
+
+def _ended(work: Work, answer: Answer) -> dict[str, Any]:
+    """The row of an attempt that ended."""
+    fault = answer.fault
+    return {
+        "id": work.attempt_id,
+        "outcome": answer.outcome,
+        "provider_id": answer.provider_id,
+        "http_status": answer.http_status,
+        "error_class": fault.kind if fault else None,
+        "error_scope": fault.scope if fault else None,
+        "error_code": fault.code if fault else None,
+        "error": fault.text if fault else answer.why or None,
+        "trace_id": answer.trace_id,
+    }
+
+
+def _in_one_commit(tenants: list[UUID], work: Callable[[Session], T]) -> T:
+    """Run in one transaction, and again after a deadlock."""
+    for attempt in range(1, _RERUNS + 1):
+        try:
+            with db.session(tenants) as s:
+                return work(s)
+        except Exception as error:
+            if not db.is_worth_rerunning(error) or attempt == _RERUNS:
+                raise
+    raise AssertionError("unreachable")
