@@ -65,6 +65,21 @@ def see(s: Session, tenants: Iterable[UUID]) -> None:
         s.execute(text("SELECT set_config('app.tenant_ids', :ids, true)"), {"ids": f"{{{wanted}}}"})
 
 
+def by_key(s: Session) -> None:
+    """For batches: let this transaction look rows up by their keys, whatever the statistics say.
+
+    A statement's plan is made once per connection, often while its tables are small or empty; it would go on to read
+    them whole when they have grown.
+    """
+    s.execute(_BY_KEY)
+
+
+_BY_KEY = text("""
+    SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),
+        set_config('enable_mergejoin', 'off', true)
+""")
+
+
 def see_all(s: Session) -> None:
     """For operators' listings and fleet metrics: let this transaction see every tenant there is."""
     s.execute(

@@ -24,8 +24,8 @@ _MOST_TRACE = 64
 class GraphSender:
     """The way out of one number. Times out after 30 s in all; never repeats a call by itself."""
 
-    def __init__(self, client: httpx.AsyncClient, base_url: str, version: str, *, number: str, token: str) -> None:
-        self._client = client
+    def __init__(self, clients: http.Clients, base_url: str, version: str, *, number: str, token: str) -> None:
+        self._clients = clients
         self._url = f"{base_url.rstrip('/')}/{version}/{quote(number, safe='')}/messages"
         self._has_token = bool(token)
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
@@ -35,9 +35,10 @@ class GraphSender:
         if not self._has_token:
             return Answer(Outcome.REFUSED, fault=_NO_TOKEN)
         content = msgspec.json.encode(payload(message))
-        request = self._client.build_request("POST", self._url, content=content, headers=self._headers)
         try:
-            reply = await http.call(self._client, request)
+            async with self._clients.client() as client:
+                request = client.build_request("POST", self._url, content=content, headers=self._headers)
+                reply = await http.call(client, request)
         except http.NoReply as error:
             outcome = Outcome.UNKNOWN if error.has_left else Outcome.NOT_SENT
             return Answer(outcome, http_status=error.status, why=error.why)

@@ -5,6 +5,9 @@ environment is used, and an encoded answer is refused unread (security-reliabili
 """
 
 import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import httpx
@@ -33,15 +36,43 @@ class NoReply(Exception):
         self.why, self.has_left, self.status = why, has_left, status
 
 
-def new_client() -> httpx.AsyncClient:
+def new_client(verify: ssl.SSLContext | None = None) -> httpx.AsyncClient:
     """A client for one event loop. Connections are kept alive and shared by all channels."""
     return httpx.AsyncClient(
+        verify=verify or ssl_context(),
         timeout=httpx.Timeout(DEADLINE, connect=_CONNECT, pool=_CONNECT),
-        limits=httpx.Limits(max_connections=1_000, max_keepalive_connections=200, keepalive_expiry=_KEEP_ALIVE),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE),
         headers={"Accept-Encoding": "identity", "User-Agent": "pombal"},
         follow_redirects=False,
         trust_env=False,
     )
+
+
+def ssl_context() -> ssl.SSLContext:
+    """Certificates are verified, always. Made once and shared: it takes some 10 ms."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+class Clients:
+    """Several clients in place of one: a pool of httpx looks at each of its connections for every request.
+
+    With 64 calls at once that look costs more than the call (3 of 4 ms); over 32 clients it is not noticed.
+    """
+
+    def __init__(self, count: int = 32) -> None:
+        context = ssl_context()
+        self._clients = [new_client(context) for _ in range(count)]
+        self._busy = [0] * count
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The least busy one; the first of them, so that few connections are kept warm."""
+        n = self._busy.index(min(self._busy))
+        self._busy[n] += 1
+        try:
+            yield self._clients[n]
+        finally:
+            self._busy[n] -= 1
 
 
 async def call(client: httpx.AsyncClient, request: httpx.Request) -> Reply:

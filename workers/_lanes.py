@@ -16,7 +16,6 @@ from typing import TypeVar
 from uuid import UUID, uuid4
 
 import dramatiq
-import httpx
 import redis
 from dramatiq.middleware import Middleware
 
@@ -49,7 +48,7 @@ class Lanes(Middleware):
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._client: httpx.AsyncClient | None = None
+        self._clients: http.Clients | None = None
         self._pace: Pace | None = None
         self._runs: dict[UUID, Run] = {}
         self.has_worker = False
@@ -123,10 +122,10 @@ class Lanes(Middleware):
         if running:
             await asyncio.wait(running, timeout=_STOP_PATIENCE + 3)
 
-    def client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            self._client = http.new_client()
-        return self._client
+    def clients(self) -> http.Clients:
+        if self._clients is None:
+            self._clients = http.Clients()
+        return self._clients
 
     async def in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -243,4 +242,4 @@ class Run:
             task.cancel()
 
     def _sender(self, channel: Channel) -> Sender:
-        return connect(channel.kind, self._lanes.client(), channel.config, channel.secrets())
+        return connect(channel.kind, self._lanes.clients(), channel.config, channel.secrets())

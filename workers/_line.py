@@ -483,6 +483,7 @@ def _in_one_commit(tenants: list[UUID], work: Callable[[Session], T]) -> T:
     for attempt in range(1, _RERUNS + 1):
         try:
             with db.session(tenants) as s:
+                db.by_key(s)
                 return work(s)
         except Exception as error:
             if not db.is_worth_rerunning(error) or attempt == _RERUNS:

@@ -215,6 +215,7 @@ def commit(batch: list[Reading], token: UUID, how: "Apply") -> list[Reading]:
             with db.session() as s:
                 routes = Routes(s, batch)
                 db.see(s, routes.tenants)
+                db.by_key(s)
                 bad = how(s, batch, routes)
                 good = [reading for reading in batch if reading not in bad]
                 for reading in good:
