@@ -45,7 +45,7 @@ def put(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMap
     """
     if not given:
         return []
-    return list(s.execute(_PUT, given_rows(given) | {"tenant_id": tenant_id}).mappings())
+    return list(s.execute(_PUT, _named(tenant_id, given)).mappings())
 
 
 def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
@@ -55,14 +55,14 @@ def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowM
     """
     if not given:
         return []
-    return list(s.execute(_ADOPT, given_rows(given) | {"tenant_id": tenant_id}).mappings())
+    return list(s.execute(_ADOPT, _named(tenant_id, given)).mappings())
 
 
 def delay(s: Session, tenant_id: UUID, waits: dict[UUID, float]) -> None:
     """Queued messages that have to wait for so many seconds: their recipient has had as many as may be sent."""
     if waits:
         given = [{"id": id_, "delay": seconds} for id_, seconds in waits.items()]
-        s.execute(_DELAY, given_rows(given) | {"tenant_id": tenant_id})
+        s.execute(_DELAY, _named(tenant_id, given))
 
 
 def wake(s: Session, tenant_id: UUID, conversation_ids: set[UUID]) -> None:
@@ -139,6 +139,11 @@ def _left(s: Session, tenant_id: UUID, message: RowMapping, status: MessageStatu
     Event.append(s, [event(message, status)])
 
 
+def _named(tenant_id: UUID, given: list[dict[str, Any]]) -> dict[str, Any]:
+    # As in models/attempt.py: the rows once more by their keys, for the planner.
+    return given_rows(given) | {"tenant_id": tenant_id, "ids": [row["id"] for row in given]}
+
+
 SETTLE_WAIT = timedelta(seconds=60)
 
 _COLUMNS = """
@@ -200,8 +205,8 @@ _PUT = text(f"""
         error="text",
     )
 }
-    WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.status IN ('queued', 'sending', 'unknown')
-        AND m.attempt_id IS NOT DISTINCT FROM given.attempt_id
+    WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
+        AND m.status IN ('queued', 'sending', 'unknown') AND m.attempt_id IS NOT DISTINCT FROM given.attempt_id
     RETURNING {_COLUMNS}, m.error_code
 """)
 
@@ -211,20 +216,20 @@ _ADOPT = text(f"""
             attempt_id = given.attempt_id, sent_at = coalesce(m.sent_at, now()), failed_at = NULL, error_code = NULL,
             error = NULL
         FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
-        WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.provider_id IS NULL
+        WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id AND m.provider_id IS NULL
             AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
         RETURNING m.id
     )
     SELECT {_COLUMNS}, adopted.id IS NOT NULL AS is_adopted
     FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
-    JOIN message AS m ON m.tenant_id = :tenant_id AND m.id = given.id
+    JOIN message AS m ON m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
     LEFT JOIN adopted ON adopted.id = m.id
 """)
 
 _DELAY = text(f"""
     UPDATE message AS m SET due_at = now() + make_interval(secs => given.delay)
     FROM {rows(id="uuid", delay="float8")}
-    WHERE m.tenant_id = :tenant_id AND m.id = given.id AND m.status = 'queued'
+    WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id AND m.status = 'queued'
 """)
 
 _WAKE = text(f"""

@@ -1,9 +1,13 @@
-"""The sandbox as a service: an HTTP control port through which a developer or a test tells Meta's side what to send.
+"""The sandbox as a service: an HTTP control port through which a developer or a test tells Meta's side what to do.
 
 `GET /` lists the routes. Requests and answers are JSON, errors `{"error":{"code","message"}}`. A route that sends one
 body waits up to 5 s for its 200 and answers `{"delivery","accepted","status"}`: `accepted` false means it is still
 being sent again, as Meta would, or that it was one for a single try; `status` is the last HTTP status, null when
 nobody answered. `from` and `to` are a phone number in digits or a BSUID.
+
+The same port answers as Graph (`sandbox.graph`): `POST /v25.0/{phone_number_id}/messages` and
+`GET /v25.0/{waba_id}/message_templates`. Its rules, faults and journal are under `/meta/rules`, `/meta/faults` and
+`/meta/calls`.
 """
 
 import argparse
@@ -24,15 +28,19 @@ import httpx
 import msgspec
 import uvicorn
 from msgspec import Meta
+from starlette import types
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sandbox import meta
 from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
+from sandbox.faults import SetFault
+from sandbox.graph import PATH, Graph, Protocol
 from sandbox.meta import JSON
+from sandbox.rules import SetRules
 from sandbox.runs import Plan, Run
 from sandbox.sender import Delivery, Post, Sender
 
@@ -43,9 +51,11 @@ MAX_REQUEST = 16 * 2**20  # bytes; room for bodies beyond the 3 MB that Meta sen
 MAX_RUNS = 4  # at one time
 REMEMBERED_RUNS = 20
 MAX_ELEMENTS = 250_000  # in one run; they are all made before the first is sent
+MAX_CALLS = 100_000  # in one answer
 CUSTOMER = "5511944440001"
+NO_MESSAGE = ("reaction", "system", "request_welcome")  # types that open no window (whatsapp-cloud-api.md §10)
 
-Customer = Annotated[str, Meta(pattern=r"^([0-9]{5,20}|[A-Z]{2}\.[A-Za-z0-9]{1,128})$")]
+Customer = Annotated[str, Meta(pattern=r"^([0-9]{5,20}|[A-Z]{2}\.(ENT\.)?[A-Za-z0-9]{1,128})$")]
 Word = Annotated[str, Meta(min_length=1, max_length=64)]
 T = TypeVar("T")
 
@@ -144,6 +154,7 @@ async def say(request: Request) -> JSONResponse:
     app, channel = _channel(request, ask.channel)
     wamid = _new_wamid(ask.from_)
     message = meta.text_message(wamid, ask.from_, ask.text, int(time.time()))
+    _graph(request).limits.heard(channel.phone_number_id, ask.from_)
     value = {"contacts": [meta.contact(ask.from_, ask.name)], "messages": [message]}
     outcome = await _deliver_change(request, app, channel, "messages", value)
     return JSONResponse({"wamid": wamid, **outcome})
@@ -164,6 +175,8 @@ async def send(request: Request) -> JSONResponse:
         ]
     except ValueError as error:
         raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+    if ask.type not in NO_MESSAGE:
+        _graph(request).limits.heard(channel.phone_number_id, ask.from_)
     value = {"contacts": [meta.contact(ask.from_, ask.name)], "messages": messages}
     outcome = await _deliver_change(request, app, channel, "messages", value)
     return JSONResponse({"wamids": wamids, **outcome})
@@ -299,6 +312,80 @@ async def journal(request: Request) -> JSONResponse:
     return JSONResponse({**sender.counts, "deliveries": [_delivery(delivery) for delivery in latest]})
 
 
+async def set_rules(request: Request) -> JSONResponse:
+    """{"channel"?,"window"?,"pair"?,"rate"?,"statuses"?,"drop_ninth_digit"?,"access_token"?}: Graph's rules.
+
+    For one channel or for all; what is left out stays. `rate` is messages a second or null, `statuses` is
+    {"words"?,"delay"?,"lost"?,"duplicates"?,"shuffle"?}, see `sandbox.rules`. Answers the rules that hold.
+    """
+    ask = await _body(request, SetRules)
+    if ask.channel is not None:
+        _channel(request, ask.channel)
+    _graph(request).rules.set(ask)
+    return JSONResponse(_graph(request).rules.shown())
+
+
+async def rules(request: Request) -> JSONResponse:
+    """The rules for all channels, and for those that have their own."""
+    return JSONResponse(_graph(request).rules.shown())
+
+
+async def clear_rules(request: Request) -> JSONResponse:
+    """Every rule as it was at the start, windows closed, nothing used up of any rate."""
+    _graph(request).rules.clear()
+    _graph(request).limits.clear()
+    return JSONResponse(_graph(request).rules.shown())
+
+
+async def set_fault(request: Request) -> JSONResponse:
+    """{"kind","channel"?,"to"?,"share"?,"seed"?,"count"?,"seconds"?,"code"?,"http"?,"ms"?,…}: something goes wrong.
+
+    `sandbox.faults` tells the kinds and the other keys. Answers the fault's id.
+    """
+    ask = await _body(request, SetFault)
+    if ask.channel is not None:
+        _channel(request, ask.channel)
+    return JSONResponse({"id": _graph(request).faults.set(ask).id}, status_code=201)
+
+
+async def faults(request: Request) -> JSONResponse:
+    """The faults that are set, in the order in which they are tried, and how many calls met each."""
+    return JSONResponse({"faults": _graph(request).faults.shown()})
+
+
+async def clear_faults(request: Request) -> JSONResponse:
+    """Nothing goes wrong any more."""
+    _graph(request).faults.clear()
+    return JSONResponse({"faults": []})
+
+
+async def calls(request: Request) -> Response:
+    """`?limit=50&channel=&after=`: the latest calls Graph got, newest last, or the first ones after number `after`."""
+    asked = request.query_params
+    limit, after = asked.get("limit", "50"), asked.get("after")
+    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_CALLS:
+        raise Refused(400, "INVALID_PAYLOAD", f"limit is a number from 1 to {MAX_CALLS}")
+    if after is not None and not after.isdecimal():
+        raise Refused(400, "INVALID_PAYLOAD", "after is the number of a call")
+    listed = _graph(request).calls.listed(
+        int(limit), channel=asked.get("channel"), after=None if after is None else int(after)
+    )
+    return Response(msgspec.json.encode({"calls": listed}), media_type="application/json")
+
+
+async def calls_summary(request: Request) -> JSONResponse:
+    """Counts of the calls: accepted, refused by code, open ones, the busiest second; and of the statuses to come."""
+    graph = _graph(request)
+    statuses = {"waiting": graph.statuses.waiting, "sent": graph.statuses.sent}
+    return JSONResponse({**graph.calls.summary(), "statuses": statuses})
+
+
+async def clear_calls(request: Request) -> JSONResponse:
+    """Forget the calls and their counts."""
+    _graph(request).calls.clear()
+    return JSONResponse({"calls": []})
+
+
 ROUTES = [
     Route("/", index),
     Route("/health", health),
@@ -312,6 +399,15 @@ ROUTES = [
     Route("/meta/traffic/{id}", traffic),
     Route("/meta/traffic/{id}", cancel_traffic, methods=["DELETE"]),
     Route("/meta/journal", journal),
+    Route("/meta/rules", rules),
+    Route("/meta/rules", set_rules, methods=["POST"]),
+    Route("/meta/rules", clear_rules, methods=["DELETE"]),
+    Route("/meta/faults", faults),
+    Route("/meta/faults", set_fault, methods=["POST"]),
+    Route("/meta/faults", clear_faults, methods=["DELETE"]),
+    Route("/meta/calls", calls),
+    Route("/meta/calls", clear_calls, methods=["DELETE"]),
+    Route("/meta/calls/summary", calls_summary),
 ]
 
 
@@ -343,6 +439,11 @@ def _channel(request: Request, name: str) -> tuple[App, Channel]:
     if name not in channels:
         raise Refused(404, "NOT_FOUND", f"no channel {name!r}; there are: {', '.join(channels) or 'none'}")
     return channels[name]
+
+
+def _graph(request: Request) -> Graph:
+    graph: Graph = request.app.state.graph
+    return graph
 
 
 def _run(request: Request) -> Run:
@@ -393,8 +494,19 @@ def _delivery(delivery: Delivery) -> JSON:
 # The service
 
 
+class Service(Starlette):
+    """The control port's app, which Graph's requests pass by: they come by the thousand and are timed."""
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        found = PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
+        if found:
+            await self.state.graph.serve(*found.groups(), scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def create_app(config_path: str | Path) -> Starlette:
-    """The control port as an ASGI app. It sends only within its lifespan.
+    """The control port and Graph as an ASGI app. It sends only within its lifespan. Serve it with `server`.
 
     The file need not exist yet: it is read when a request needs it, and again when it has changed.
     """
@@ -404,15 +516,30 @@ def create_app(config_path: str | Path) -> Starlette:
         app.state.config = ConfigFile(Path(config_path))
         app.state.runs = {}
         async with Sender() as app.state.sender:
-            yield
+            app.state.graph = Graph(app.state.config, app.state.sender)
+            async with app.state.graph.running():
+                yield
             for run in app.state.runs.values():
                 await run.cancel()
 
-    return Starlette(
+    return Service(
         routes=ROUTES,
         lifespan=lifespan,
         exception_handlers={Refused: _refused, HTTPException: _http_error},
     )
+
+
+def server(app: types.ASGIApp, **more: Any) -> uvicorn.Server:
+    """A server for it, with the protocol that faults need and no lines of its own; `more` are uvicorn's settings."""
+    settings: dict[str, Any] = {
+        "http": Protocol,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "timeout_keep_alive": 75,
+        **more,
+    }
+    return uvicorn.Server(uvicorn.Config(app, **settings))
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
@@ -430,7 +557,7 @@ def _http_error(request: Request, error: Any) -> JSONResponse:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; what is pending then is dropped. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta that sends signed webhooks.")
+    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta: signed webhooks out, messages in.")
     parser.add_argument("--port", type=int, default=9010, help="control port (9010)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
     parser.add_argument("--config", type=Path, required=True, help="JSON file with apps and channels")
@@ -439,21 +566,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # httpx logs every request with its URL, and a handshake has the verify token in it.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(args.config),
-            host=args.host,
-            port=args.port,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=int(WAIT) + 1,
-        )
+    serving = server(
+        create_app(args.config),
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(WAIT) + 1,
     )
     # uvicorn shuts down in order and then raises the signal once more for whoever listened before: with nobody
     # listening it would end the process with the signal's exit code instead of 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("sandbox on http://%s:%d, configuration %s", args.host, args.port, args.config)
-    server.run()
+    serving.run()
     return 0

@@ -5,6 +5,8 @@ JSON as described in `sandbox.app` and raises SandboxError when the sandbox refu
 not there.
 """
 
+import ssl
+from functools import cache
 from typing import Any
 
 import httpx
@@ -87,17 +89,63 @@ def journal(control_url: str, *, limit: int = 50) -> JSON:
     return _call("GET", control_url, f"/meta/journal?limit={limit}")
 
 
+def rules(control_url: str, channel: str | None = None, **rules: Any) -> JSON:
+    """Change Graph's rules, the keys of `POST /meta/rules`; None is a value here. Answers those that hold."""
+    return _ask("POST", control_url, "/meta/rules", rules if channel is None else {"channel": channel, **rules})
+
+
+def clear_rules(control_url: str) -> JSON:
+    """Every rule as it was at the start, windows closed, nothing used up of any rate."""
+    return _call("DELETE", control_url, "/meta/rules")
+
+
+def faults(control_url: str, kind: str | None = None, **more: Any) -> JSON:
+    """Let something of this kind go wrong; `more` are the other keys of `POST /meta/faults`. Without a kind: a list."""
+    return _call("POST" if kind else "GET", control_url, "/meta/faults", **more, kind=kind)
+
+
+def clear_faults(control_url: str) -> JSON:
+    """Nothing goes wrong any more."""
+    return _call("DELETE", control_url, "/meta/faults")
+
+
+def calls(control_url: str, *, limit: int = 100_000, channel: str | None = None, after: int | None = None) -> JSON:
+    """The calls Graph got, newest last."""
+    asked = {"limit": limit, "channel": channel, "after": after}
+    query = httpx.QueryParams({key: value for key, value in asked.items() if value is not None})
+    return _call("GET", control_url, f"/meta/calls?{query}")
+
+
+def summary(control_url: str) -> JSON:
+    """Counts of those calls."""
+    return _call("GET", control_url, "/meta/calls/summary")
+
+
+def clear_calls(control_url: str) -> JSON:
+    """Forget them."""
+    return _call("DELETE", control_url, "/meta/calls")
+
+
 def health(control_url: str) -> JSON:
     """Whether it is alive, and its channels."""
     return _call("GET", control_url, "/health")
 
 
 def _call(method: str, control_url: str, path: str, **body: Any) -> JSON:
-    given = {key: value for key, value in body.items() if value is not None}
+    return _ask(method, control_url, path, {key: value for key, value in body.items() if value is not None} or None)
+
+
+def _ask(method: str, control_url: str, path: str, body: JSON | None) -> JSON:
     # Longer than the 5 s that the sandbox waits for a 200.
-    with httpx.Client(timeout=30, trust_env=False) as http:
-        response = http.request(method, control_url.rstrip("/") + path, json=given or None)
+    with httpx.Client(timeout=30, trust_env=False, verify=_certificates()) as http:
+        response = http.request(method, control_url.rstrip("/") + path, json=body)
     answer: JSON = response.json()
     if response.is_error:
         raise SandboxError(answer["error"]["code"], answer["error"]["message"])
     return answer
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    # Reading them takes longer than a whole call.
+    return ssl.create_default_context()

@@ -2,9 +2,11 @@
 
     {"apps": [{"url": "http://127.0.0.1:8000/webhooks/whatsapp", "app_secret": "…", "verify_token": "…",
                "channels": [{"name": "demo-meta", "phone_number_id": "…", "waba_id": "…",
-                             "display_phone_number": "…"}]}]}
+                             "display_phone_number": "…", "access_token": "…",
+                             "templates": [{"name": "…", "language": "…", "status": "…", "category": "…"}]}]}]}
 
-A channel's name is unique in the file; `display_phone_number` may be left out.
+A channel's name is unique in the file. What may be left out: `display_phone_number`; `access_token` (then any bearer
+will do to send); `templates` (then any template exists), and their status and category.
 """
 
 from dataclasses import dataclass, field
@@ -20,11 +22,20 @@ class ConfigError(Exception):
     """The file is missing or cannot be used; the message says why and holds none of its values but channel names."""
 
 
+class Template(msgspec.Struct, frozen=True):
+    name: str
+    language: str
+    status: str = "APPROVED"
+    category: str = "UTILITY"
+
+
 class Channel(msgspec.Struct, frozen=True):
     name: str
     phone_number_id: str
     waba_id: str
     display_phone_number: str = "5511955550100"
+    access_token: str | None = None
+    templates: tuple[Template, ...] | None = None
 
     @property
     def number(self) -> Number:
@@ -45,6 +56,9 @@ class Config(msgspec.Struct, frozen=True):
 
     def by_channel(self) -> dict[str, tuple[App, Channel]]:
         return {channel.name: (app, channel) for app in self.apps for channel in app.channels}
+
+    def by_number(self) -> dict[str, tuple[App, Channel]]:
+        return {channel.phone_number_id: (app, channel) for app in self.apps for channel in app.channels}
 
 
 @dataclass

@@ -40,7 +40,7 @@ NUMBER_FIELDS = frozenset(
 
 _SHA256 = "m04pFf2ERdaopTyFkGPA0+bX3i+YY2dYgVFwOgDLSDI="
 _QUOTED = "wamid.HBgNNTUxMTk0NDQ0MDAwMRUCABEYEjAwMDAwMDAwMDAwMDAwMDAwMAA="
-_BSUID = re.compile(r"[A-Z]{2}\.[A-Za-z0-9]{1,128}")
+_BSUID = re.compile(r"[A-Z]{2}\.(ENT\.)?[A-Za-z0-9]{1,128}")
 
 
 class Number(NamedTuple):

@@ -79,9 +79,9 @@ def upgrade() -> None:
             ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("pk_attempt")),
-        sa.UniqueConstraint("tenant_id", "message_id", "number", name=op.f("uq_attempt_tenant_id_message_id_number")),
+        sa.UniqueConstraint("message_id", "number", "tenant_id", name=op.f("uq_attempt_message_id_number_tenant_id")),
     )
-    op.create_index("ix_attempt_provider_id", "attempt", ["tenant_id", "channel_id", "provider_id"])
+    op.create_index("ix_attempt_provider_id", "attempt", ["provider_id", "tenant_id"])
     op.create_table(
         "lane",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),

@@ -2,17 +2,24 @@
 
 import hashlib
 import hmac
+import json
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import uvicorn
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+
+from sandbox import client
+from sandbox.app import create_app, server
+from sandbox.config import Channel
 
 SECRET = "app-secret-ção"
 VERIFY_TOKEN = "verify-me"
@@ -56,14 +63,13 @@ class Receiver:
 def serve(app: Starlette) -> Iterator[str]:
     """Serve an app from a thread; gives its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],))
+    serving = server(app, timeout_graceful_shutdown=1)
+    thread = threading.Thread(target=serving.run, args=([listener],))
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        serving.should_exit = True
         thread.join()
 
 
@@ -73,3 +79,29 @@ def receiver(*failures: int) -> Iterator[Receiver]:
     with serve(its.app()) as address:
         its.url = f"{address}/hook"
         yield its
+
+
+@contextmanager
+def a_meta(
+    *channels: Channel,
+    webhook_url: str | None = None,
+    app_secret: str = SECRET,
+    verify_token: str = VERIFY_TOKEN,
+) -> Iterator[str]:
+    """A simulated Meta with one app that has these channels; gives its address, for Graph and for `sandbox.client`.
+
+    Without a `webhook_url` nothing is sent there: no status follows a call.
+    """
+    app = {
+        "url": webhook_url or "http://127.0.0.1:9/nobody",
+        "app_secret": app_secret,
+        "verify_token": verify_token,
+        "channels": msgspec.to_builtins(channels),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "sandbox.json")
+        config.write_text(json.dumps({"apps": [app]}))
+        with serve(create_app(config)) as address:
+            if webhook_url is None:
+                client.rules(address, statuses={"words": []})
+            yield address

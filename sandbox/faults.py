@@ -1,0 +1,151 @@
+"""What goes wrong on purpose: faults that a test sets, and which of them meet a call.
+
+A call meets the first fault set that fits it, and every `latency` that fits it besides. Kinds whose name ends in
+`_after` (and `empty`, `drip`, `huge`, `gzip`, `failed_status`) concern calls that Graph accepts: only the answer is
+spoiled. All others but `latency` keep the call from being accepted.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+from random import Random
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from sandbox.meta import JSON
+from sandbox.rules import Share
+
+Kind = Literal[
+    "code",
+    "latency",
+    "hang_before",
+    "hang_after",
+    "reset_before",
+    "reset_after",
+    "garbage_before",
+    "garbage_after",
+    "html",
+    "html_after",
+    "empty",
+    "drip",
+    "huge",
+    "gzip",
+    "redirect",
+    "outage",
+    "failed_status",
+]
+BEFORE = frozenset({"code", "hang_before", "reset_before", "garbage_before", "html", "redirect", "outage"})
+"""Kinds that keep a call from being accepted."""
+
+
+class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A fault as it is asked for.
+
+    channel      only this channel; else all
+    to           only this recipient: digits with or without a plus, or a BSUID
+    share, seed  the share of the fitting calls that meet it, drawn with this seed
+    count        ends after so many calls
+    seconds      ends after this time
+    code, subcode, http, details   of a `code`; code also of a `failed_status`, http also of an HTML page
+    ms           of a `latency`, and between the bytes of a `drip`
+    retry_after  seconds, a header of what is refused
+    """
+
+    kind: Kind
+    channel: str | None = None
+    to: Annotated[str, Meta(min_length=1, max_length=140)] | None = None
+    share: Share = 1.0
+    seed: int = 0
+    count: Annotated[int, Meta(ge=1)] | None = None
+    seconds: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+    code: Annotated[int, Meta(ge=0)] | None = None
+    subcode: int | None = None
+    http: Annotated[int, Meta(ge=200, le=599)] | None = None
+    details: Annotated[str, Meta(max_length=10_000)] | None = None
+    ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 100
+    retry_after: Annotated[int, Meta(ge=0)] | None = None
+
+
+@dataclass
+class Fault:
+    """One that is set, and how often it was met."""
+
+    id: int
+    asked: SetFault
+    ends_at: float | None  # on the monotonic clock
+    rng: Random
+    met: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        asked = self.asked
+        return (asked.count is not None and self.met >= asked.count) or (
+            self.ends_at is not None and time.monotonic() >= self.ends_at
+        )
+
+    def fits(self, channel: str | None, to: str | None) -> bool:
+        asked = self.asked
+        return asked.channel in (None, channel) and (
+            asked.to is None or (to is not None and asked.to.lstrip("+") == to.lstrip("+"))
+        )
+
+    def meets(self) -> bool:
+        """Whether the next fitting call meets it; counts if so."""
+        if self.asked.share < 1 and self.rng.random() >= self.asked.share:
+            return False
+        self.met += 1
+        return True
+
+
+class Met(NamedTuple):
+    """What awaits one call."""
+
+    fault: SetFault | None
+    latency: float  # seconds
+
+
+NOTHING = Met(None, 0.0)
+
+
+class Faults:
+    """Those that are set, in their order."""
+
+    def __init__(self) -> None:
+        self._faults: list[Fault] = []
+        self._ids = itertools.count(1)
+
+    def set(self, asked: SetFault) -> Fault:
+        ends_at = None if asked.seconds is None else time.monotonic() + asked.seconds
+        fault = Fault(next(self._ids), asked, ends_at, Random(asked.seed))  # noqa: S311 - test data
+        self._faults.append(fault)
+        return fault
+
+    def clear(self) -> None:
+        self._faults.clear()
+
+    def meet(self, channel: str | None, to: str | None, *, only: Kind | None = None) -> Met:
+        """What the next call to this recipient of this channel meets; `only` asks for no other kind."""
+        if not self._faults:
+            return NOTHING
+        self._forget()
+        first: SetFault | None = None
+        latency = 0.0
+        for fault in self._faults:
+            asked = fault.asked
+            if only not in (None, asked.kind) or (first is not None and asked.kind != "latency"):
+                continue
+            if fault.fits(channel, to) and fault.meets():
+                if asked.kind == "latency":
+                    latency += asked.ms / 1000
+                else:
+                    first = asked
+        return Met(first, latency)
+
+    def shown(self) -> list[JSON]:
+        self._forget()
+        return [{"id": fault.id, **msgspec.to_builtins(fault.asked), "met": fault.met} for fault in self._faults]
+
+    def _forget(self) -> None:
+        self._faults = [fault for fault in self._faults if not fault.is_over]
