@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pombal import metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
-from web import errors, health, status, webhooks
+from web import errors, health, messages, status, webhooks
 from web.inbox import Inbox
+from web.outbox import Outbox
 from web.signatures import Apps
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -22,6 +23,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 class State(TypedDict):
     inbox: Inbox
+    outbox: Outbox
     apps: Apps
 
 
@@ -52,10 +54,13 @@ async def lifespan(_: Starlette) -> AsyncIterator[State]:
     publisher = metrics.Publisher().start()
     inbox = Inbox(settings().require_database())
     inbox.start()
+    outbox = Outbox()
+    outbox.start()
     try:
-        yield {"inbox": inbox, "apps": Apps()}
+        yield {"inbox": inbox, "outbox": outbox, "apps": Apps()}
     finally:
         await inbox.stop()
+        await outbox.stop()
         publisher.stop()
 
 
@@ -65,6 +70,10 @@ app = Starlette(
         Route("/webhooks/whatsapp/{app}", webhooks.meta, methods=["POST"]),
         Route("/webhooks/whatsapp", webhooks.meta_handshake, methods=["GET"]),
         Route("/webhooks/whatsapp/{app}", webhooks.meta_handshake, methods=["GET"]),
+        Route("/api/v1/messages", messages.send, methods=["POST"]),
+        Route("/api/v1/messages/{id}", messages.message, methods=["GET"]),
+        Route("/api/v1/messages/{id}", messages.cancel, methods=["DELETE"]),
+        Route("/api/messages/send", messages.send_the_old_way, methods=["POST"]),
         Route("/api/v1/channels", status.channels),
         Route("/api/v1/channels/{id}", status.channel),
         Route("/health", health.health),

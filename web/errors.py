@@ -28,23 +28,40 @@ _CODES = {
 
 
 class Failure(Exception):
-    """An answer other than success. `close` ends the connection too: the sender may still be sending."""
+    """An answer other than success. `close` ends the connection too: the sender may still be sending.
+
+    `details` are for programs: which field, which limit, which state.
+    """
 
     def __init__(
-        self, status: int, code: str, message: str, *, retry_after: int | None = None, close: bool = False
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        details: dict[str, Any] | None = None,
+        retry_after: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.details = status, code, message, details or {}
         self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
         if close:
             self.headers["Connection"] = "close"
 
 
-def answer(request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+def answer(
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    headers: dict[str, str] | None = None,
+    details: dict[str, Any] | None = None,
+) -> Response:
     error: dict[str, Any] = {
         "code": code,
         "message": message,
-        "details": {},
+        "details": details or {},
         "request_id": request.scope.get("request_id"),
         "timestamp": datetime.now(UTC).isoformat(),
     }
@@ -52,7 +69,7 @@ def answer(request: Request, status: int, code: str, message: str, headers: dict
 
 
 async def on_failure(request: Request, error: Any) -> Response:
-    return answer(request, error.status, error.code, error.message, error.headers)
+    return answer(request, error.status, error.code, error.message, error.headers, error.details)
 
 
 async def on_unreachable(request: Request, error: Exception) -> Response:

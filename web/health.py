@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from models import Hold, Lane
+from models.lane import LaneState
 from pombal import db, metrics
 from pombal.broker import broker
 from pombal.settings import settings
@@ -108,19 +110,27 @@ def _measured() -> bytes:
 
 
 def _from_rows(s: Session) -> Iterator[metrics.Family]:
-    pending, oldest = s.execute(
-        text("""
-            SELECT count(*), coalesce(extract(epoch FROM now() - min(received_at)), 0)
-            FROM delivery WHERE state = 'pending'
-        """)
-    ).one()
-    queue = {"queue": "incoming_message"}
-    yield metrics.gauge("pombal_pending", "Rows that wait for work.", [(queue, float(pending))])
-    yield metrics.gauge("pombal_oldest_pending_seconds", "Age of the oldest waiting row.", [(queue, float(oldest))])
+    db.see_all(s)
+    coming, going = s.execute(_COMING).one(), Lane.waiting(s)
+    both = ({"queue": "incoming_message"}, coming), ({"queue": "outgoing_message"}, going)
+    yield metrics.gauge("pombal_pending", "Rows that wait for work.", [(q, float(row.pending)) for q, row in both])
+    yield metrics.gauge(
+        "pombal_oldest_pending_seconds", "Age of the oldest waiting row.", [(q, float(row.oldest)) for q, row in both]
+    )
+    yield metrics.gauge("pombal_scheduled", "Messages to be sent later.", [({}, float(going.scheduled))])
+    yield metrics.gauge(
+        "pombal_unknown_messages", "Sent, perhaps: nobody told what became of them.", [({}, float(going.unknown))]
+    )
+    states, holds = Lane.in_states(s), Lane.on_hold(s)
+    yield metrics.gauge(
+        "pombal_lanes", "Channels that send, by state.", [({"state": n}, float(states.get(n, 0))) for n in LaneState]
+    )
+    yield metrics.gauge(
+        "pombal_lanes_held", "Channels whose sending is held.", [({"hold": n}, float(holds.get(n, 0))) for n in Hold]
+    )
     lag = s.scalar(text("SELECT extract(epoch FROM now() - max(done_at)) FROM lease WHERE name = 'sweep'"))
     if lag is not None:
         yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
-    db.see_all(s)
     letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
     known = broker.get_declared_actors()
     samples: dict[str, float] = {}
@@ -132,6 +142,12 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
         "Dead letters that wait for an operator.",
         [({"actor": name}, count) for name, count in samples.items()],
     )
+
+
+_COMING = text("""
+    SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(received_at)), 0) AS oldest
+    FROM delivery WHERE state = 'pending'
+""")
 
 
 def _queue_depths(client: redis.Redis) -> Iterator[tuple[dict[str, str], float]]:

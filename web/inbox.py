@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import NamedTuple
 from uuid import UUID
 
@@ -168,13 +169,21 @@ class Inbox:
                 _log.debug("connection_not_closed", error=log.described(error))
 
 
-class Bell:
-    """Rings `incoming_message` in a thread of its own, so that no request ever waits for Redis (W2).
+def _ring_for_bodies(ids: list[UUID]) -> None:
+    for start in range(0, len(ids), BATCH):
+        incoming_message.send([str(id_) for id_ in ids[start : start + BATCH]])
+        metrics.bells.labels(outcome="rung").inc()
 
-    While Redis hangs only so many wait to be rung; the sweep rings for the rest.
+
+class Bell:
+    """Enqueues jobs in a thread of its own, so that no request ever waits for Redis (W2).
+
+    `send` enqueues what there is to do for some ids. While Redis hangs only so many wait to be rung; the sweep rings
+    for the rest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[list[UUID]], None] = _ring_for_bodies) -> None:
+        self._send_for = send
         self._queue: queue.SimpleQueue[list[UUID] | None] = queue.SimpleQueue()
         self._stopping = False  # the thread's own: it has taken the None that `stop` puts
         self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
@@ -203,18 +212,16 @@ class Bell:
                     break
                 self._stopping = more is None
                 ids = ids + (more or [])
-            for start in range(0, len(ids), BATCH):
-                self._send(ids[start : start + BATCH])
+            self._send(ids)
             if not self._stopping:
                 time.sleep(_BELL_PAUSE)
 
     def _send(self, ids: list[UUID]) -> None:
         try:
-            incoming_message.send([str(id_) for id_ in ids])
-            metrics.bells.labels(outcome="rung").inc()
+            self._send_for(ids)
         except redis.RedisError as error:
             metrics.bells.labels(outcome="lost").inc()
-            _log.warning("bell_lost", deliveries=len(ids), error=log.described(error))
+            _log.warning("bell_lost", ids=len(ids), error=log.described(error))
             self._forget()
 
     def _forget(self) -> None:

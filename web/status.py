@@ -1,14 +1,17 @@
 """Channels, read-only: what customers and dashboards may see of their own."""
 
 import asyncio
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import RowMapping, select, text
+from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Channel
+from models import Channel, Hold, Lane
+from models.lane import LaneState
 from pombal import db
 from web.errors import Failure
 from web.signatures import caller, refused
@@ -40,10 +43,32 @@ def _channels(tenant_id: UUID, id_: UUID | None = None) -> list[dict[str, Any]]:
     if id_:
         query = query.where(Channel.id == id_)
     with db.session([tenant_id]) as s:
-        return [_shown(row) for row in s.scalars(query)]
+        found = list(s.scalars(query))
+        if not found:
+            return []
+        lanes = {row["channel_id"]: row for row in Lane.overview(s, id_)}
+        traffic = _last_traffic(s, tenant_id, [row.id for row in found])
+        return [_shown(row, lanes.get(row.id), traffic[row.id]) for row in found]
 
 
-def _shown(row: Channel) -> dict[str, Any]:
+def _last_traffic(s: Session, tenant_id: UUID, ids: list[UUID]) -> dict[UUID, datetime | None]:
+    """When a message last came in or was to go out."""
+    given = {"tenant_id": tenant_id, "ids": ids}
+    return {row.channel_id: row.last_message_at for row in s.execute(_LAST_TRAFFIC, given)}
+
+
+# The latest conversations first: of a channel in use the search ends at once.
+_LAST_TRAFFIC = text("""
+    SELECT given.channel_id, (
+        SELECT last_message_at FROM conversation AS c
+        WHERE c.tenant_id = :tenant_id AND c.channel_id = given.channel_id AND c.last_message_at IS NOT NULL
+        ORDER BY c.last_message_at DESC LIMIT 1
+    ) AS last_message_at
+    FROM unnest(CAST(:ids AS uuid[])) AS given (channel_id)
+""")
+
+
+def _shown(row: Channel, lane: RowMapping | None, last_traffic_at: datetime | None) -> dict[str, Any]:
     """Secrets are write-only: whether there are any is all that is shown (T6)."""
     return {
         "id": str(row.id),
@@ -51,5 +76,37 @@ def _shown(row: Channel) -> dict[str, Any]:
         "name": row.name,
         **row.config,
         "has_secrets": row.sealed is not None,
+        "sending": _sending(lane),
+        "last_traffic_at": _at(last_traffic_at),
         "created_at": row.created_at.isoformat(),
     }
+
+
+def _sending(lane: RowMapping | None) -> dict[str, Any]:
+    """How sending goes; a channel that never had anything to send has no lane."""
+    if lane is None:
+        nothing = {"hold": None, "paused_until": None, "queued": 0, "unknown": 0, "oldest_queued_at": None}
+        return {"state": LaneState.IDLE, **nothing}
+    return {
+        "state": lane["state"],
+        "hold": _hold(lane) if lane["hold"] else None,
+        "paused_until": _at(lane["paused_until"]),
+        "queued": lane["queued"],
+        "unknown": lane["unknown"],
+        "oldest_queued_at": _at(lane["oldest_queued_at"]),
+    }
+
+
+def _hold(lane: RowMapping) -> dict[str, Any]:
+    is_probed = lane["hold"] != Hold.OPERATOR
+    return {
+        "kind": lane["hold"],
+        "code": lane["hold_code"],
+        "reason": lane["hold_reason"],
+        "since": _at(lane["held_at"]),
+        "next_probe_at": _at(lane["next_probe_at"]) if is_probed else None,
+    }
+
+
+def _at(at: datetime | None) -> str | None:
+    return at.isoformat() if at is not None else None

@@ -3,15 +3,19 @@
 import json
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from models import ApiKey
+from models import ApiKey, Hold, Lane
+from models.lane import LaneState
 from pombal.cli import admin
 from pombal.supervisor import until
-from tests.factories import Shop, a_shop, a_tenant, seen_by
+from tests.factories import Shop, a_shop, a_tenant, rows, seen_by
 from tests.web.process import Answer, Web, request
+from tests.web.test_health import numbers, scraped
+from tests.workers.sending import queue
 
 
 def a_key(shop: Shop, *scopes: str) -> str:
@@ -219,3 +223,127 @@ def refused_with(web: Web, key: str, path: str) -> dict[str, Any]:
     (line,) = found
     assert line["event"] == "access_refused"
     return line
+
+
+# --------------------------------------------------------------------------------------------------------- sending
+
+
+def sending(web: Web, shop: Shop) -> Any:
+    return content(got(web, a_key(shop), f"/api/v1/channels/{shop.channel.id}"))["sending"]
+
+
+def hold(shop: Shop, kind: Hold, code: str | None, reason: str) -> None:
+    with seen_by(shop) as s:
+        Lane.ensure(s, shop.tenant.id, shop.channel.id)
+        Lane.set_hold(s, shop.channel.id, kind, code=code, reason=reason)
+
+
+def test_a_channel_that_never_sent_anything_is_idle(web: Web) -> None:
+    shop = a_shop()
+
+    row = content(got(web, a_key(shop), f"/api/v1/channels/{shop.channel.id}"))
+
+    assert row["sending"] == {
+        "state": "idle",
+        "hold": None,
+        "paused_until": None,
+        "queued": 0,
+        "unknown": 0,
+        "oldest_queued_at": None,
+    }
+    assert row["last_traffic_at"] is None
+
+
+def test_a_channel_shows_what_waits_to_be_sent(web: Web) -> None:
+    shop = a_shop()
+    beside = a_shop(shop.tenant)
+    later = datetime.now(UTC) + timedelta(hours=1)
+    first, *_ = queue(shop, "one", "two")
+    queue(shop, "later", not_before=later)
+    (lost,) = queue(shop, "lost", to="+5511944440002")
+    rows(shop, "UPDATE message SET status = 'unknown' WHERE id = :id RETURNING 1", id=lost)
+
+    key = a_key(shop)
+    shown = {row["id"]: row for row in content(got(web, key))["data"]}
+
+    mine = shown[str(shop.channel.id)]
+    assert (mine["sending"]["state"], mine["sending"]["queued"], mine["sending"]["unknown"]) == ("due", 2, 1)
+    (turn,) = rows(shop, "SELECT turn_at FROM message WHERE id = :id", id=first)
+    assert datetime.fromisoformat(mine["sending"]["oldest_queued_at"]) == turn["turn_at"]
+    assert datetime.fromisoformat(mine["last_traffic_at"]) >= turn["turn_at"] - timedelta(minutes=1)
+    assert content(got(web, key, f"/api/v1/channels/{shop.channel.id}")) == mine
+    assert shown[str(beside.channel.id)]["sending"]["queued"] == 0
+    assert shown[str(beside.channel.id)]["last_traffic_at"] is None
+
+
+def test_a_channel_says_why_it_is_held(web: Web) -> None:
+    shop = a_shop()
+    hold(shop, Hold.AUTH, "190", "the token is not valid")
+
+    shown = sending(web, shop)
+
+    assert shown["state"] == "held"
+    assert (shown["hold"]["kind"], shown["hold"]["code"], shown["hold"]["reason"]) == (
+        "auth",
+        "190",
+        "the token is not valid",
+    )
+    assert datetime.fromisoformat(shown["hold"]["since"]) < datetime.fromisoformat(shown["hold"]["next_probe_at"])
+
+
+def test_what_an_operator_holds_is_not_probed(web: Web) -> None:
+    shop = a_shop()
+    hold(shop, Hold.OPERATOR, None, "a campaign gone wrong")
+
+    shown = sending(web, shop)["hold"]
+
+    assert (shown["kind"], shown["code"], shown["next_probe_at"]) == ("operator", None, None)
+
+
+def test_a_channel_says_until_when_it_is_paused(web: Web) -> None:
+    shop = a_shop()
+    queue(shop, "one")
+    rows(shop, "UPDATE lane SET paused_until = now() + interval '1 minute' WHERE tenant_id = :tenant RETURNING 1")
+
+    shown = sending(web, shop)
+
+    assert shown["state"] == "paused"
+    assert datetime.fromisoformat(shown["paused_until"]) > datetime.now(UTC)
+
+
+def test_the_fleets_numbers_tell_how_sending_goes(web: Web) -> None:
+    shop, held = a_shop(), a_shop()
+    before = numbers(scraped(web))
+    hold(held, Hold.PAYMENT, "131042", "no payment method")
+    queue(shop, "one", "two")
+    queue(shop, "later", not_before=datetime.now(UTC) + timedelta(hours=1))
+    (lost,) = queue(shop, "lost", to="+5511944440002")
+    rows(
+        shop,
+        "UPDATE message SET status = 'unknown', turn_at = now() - interval '1 hour' WHERE id = :id RETURNING 1",
+        id=lost,
+    )
+
+    after = numbers(scraped(web))
+
+    def more(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after[key] - before[key]
+
+    assert more("pombal_pending", queue="outgoing_message") == 2
+    assert more("pombal_scheduled") == 1
+    assert more("pombal_unknown_messages") == 1
+    assert more("pombal_lanes", state="held") == more("pombal_lanes_held", hold="payment") == 1
+    assert more("pombal_lanes", state="due") == 1
+    assert {dict(labels)["state"] for name, labels in after if name == "pombal_lanes"} == set(LaneState)
+    assert {dict(labels)["hold"] for name, labels in after if name == "pombal_lanes_held"} == set(Hold)
+
+
+def test_the_age_of_what_waits_to_be_sent_is_measured(web: Web) -> None:
+    shop = a_shop()
+    (old,) = queue(shop, "one")
+    rows(shop, "UPDATE message SET turn_at = now() - interval '1 day' WHERE id = :id RETURNING 1", id=old)
+
+    found = numbers(scraped(web))[("pombal_oldest_pending_seconds", (("queue", "outgoing_message"),))]
+
+    assert found >= 86_400

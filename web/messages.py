@@ -1,0 +1,273 @@
+"""Customers ask for a message to be sent, look what became of it, or take it back while it is queued."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy import and_, exists, func, or_, select, tuple_
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, aliased
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from models import Attempt, Lane, Message, MessageStatus, StatusReport, outgoing
+from pombal import db, log, metrics
+from pombal.errors import Unreachable
+from web import shapes
+from web.callers import Callers
+from web.errors import Failure
+from web.outbox import PATIENCE, Outbox, Queued, was_cut_off
+from web.refusals import wrong
+from web.shapes import Ask
+from web.signatures import Caller, read_body, refused
+
+_log = log.get()
+T = TypeVar("T")
+_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
+_callers = Callers()
+_PATIENCE_FOR_A_KEY = 2.0  # seconds of `PATIENCE`; the rest is left for the commit
+
+
+async def send(request: Request) -> Response:
+    """202 once the message's row is committed; 503 means that it will not be sent."""
+    return await _send(request, shapes.asked)
+
+
+async def send_the_old_way(request: Request) -> Response:
+    """The same with `{"to", "type", "content"}`."""
+    return await _send(request, shapes.asked_the_old_way)
+
+
+async def _send(request: Request, understand: Callable[[bytes], Ask]) -> Response:
+    who, patience = await _caller(request, "messages:send")
+    try:
+        queued = await _queue(request, who, understand, patience)
+    except Failure as failure:
+        if failure.status < 500:
+            metrics.messages.labels(direction="out", provider="none", outcome="refused").inc()
+        if failure.status == 404:
+            _unknown_id(request, who)
+        raise
+    if queued.channel_id is not None:
+        metrics.messages.labels(direction="out", provider=queued.provider, outcome="queued").inc()
+        _log.info(
+            "message_queued",
+            message_id=str(queued.id),
+            tenant_id=str(who.tenant_id),
+            channel_id=str(queued.channel_id),
+            request_id=request.scope["request_id"],
+        )
+    return JSONResponse({"message_id": str(queued.id), "status": queued.status}, status_code=202)
+
+
+async def _queue(request: Request, who: Caller, understand: Callable[[bytes], Ask], patience: float) -> Queued:
+    key = _idempotency_key(request)
+    raw = await read_body(request, shapes.MOST_BYTES)
+    outbox: Outbox = request.state.outbox
+    return await outbox.queue(who.tenant_id, understand(raw), key, request.scope["request_id"], len(raw), patience)
+
+
+async def message(request: Request) -> Response:
+    """One message with its attempts; 404 for a foreign one and a missing one alike (security-reliability.md T3)."""
+    who, patience = await _caller(request, "messages:read")
+    id_ = _id(request, who)
+    shown = await _in_time(lambda: asyncio.to_thread(_shown, who.tenant_id, id_), patience)
+    if shown is None:
+        raise _not_found(request, who)
+    return JSONResponse(shown)
+
+
+async def cancel(request: Request) -> Response:
+    """Take a queued message back. Asked again, the answer is the same; 409 when it has gone on its way."""
+    who, patience = await _caller(request, "messages:send")
+    id_ = _id(request, who)
+    found = await _in_time(lambda: asyncio.to_thread(_cancel, who.tenant_id, id_), patience)
+    if found is None:
+        raise _not_found(request, who)
+    status, channel_id = found
+    if status != MessageStatus.CANCELLED:
+        raise Failure(409, "CONFLICT", "only a queued message can be cancelled", details={"status": status})
+    if channel_id is not None:
+        outbox: Outbox = request.state.outbox
+        outbox.ring(channel_id)  # the next of its conversation may go
+        _log.info(
+            "message_cancelled",
+            message_id=str(id_),
+            tenant_id=str(who.tenant_id),
+            channel_id=str(channel_id),
+            request_id=request.scope["request_id"],
+        )
+    return JSONResponse({"message_id": str(id_), "status": status})
+
+
+# ------------------------------------------------------------------------------------------------------------- requests
+
+
+async def _caller(request: Request, scope: str) -> tuple[Caller, float]:
+    """Whose key it is, and the seconds that are left for the rest."""
+    began = time.monotonic()
+    who = await _in_time(lambda: _callers.get(request, scope), _PATIENCE_FOR_A_KEY)
+    return who, PATIENCE - (time.monotonic() - began)
+
+
+async def _in_time(ask: Callable[[], Awaitable[T]], patience: float) -> T:
+    """What the database answers, asked again on another connection if it was found dead. Raises `Unreachable`."""
+    try:
+        async with asyncio.timeout(patience):
+            try:
+                return await ask()
+            except DBAPIError as error:
+                if not was_cut_off(error):
+                    raise
+            return await ask()
+    except TimeoutError:
+        raise Unreachable("the database does not answer") from None
+
+
+def _idempotency_key(request: Request) -> str | None:
+    given = [value for name, value in request.scope["headers"] if name == b"idempotency-key"]
+    if not given:
+        return None
+    if len(given) > 1 or not _KEY.fullmatch(given[0]):
+        raise wrong("Idempotency-Key", "must be one header of 1 to 255 printable ASCII characters", 255)
+    key: str = given[0].decode("ascii")
+    return key
+
+
+def _id(request: Request, who: Caller) -> UUID:
+    try:
+        return UUID(request.path_params["id"])
+    except ValueError:
+        raise _not_found(request, who) from None
+
+
+def _not_found(request: Request, who: Caller) -> Failure:
+    _unknown_id(request, who)
+    return Failure(404, "NOT_FOUND", "no such message")
+
+
+def _unknown_id(request: Request, who: Caller) -> None:
+    refused(request, "unknown_id", tenant_id=str(who.tenant_id), key_id=str(who.key.id))
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def _cancel(tenant_id: UUID, id_: UUID) -> tuple[str, UUID | None] | None:
+    """The status afterwards, and the channel if that is this call's doing. None: no such message to be sent."""
+    with db.session([tenant_id]) as s:
+        found = select(Message.channel_id, Message.status).where(Message.tenant_id == tenant_id, Message.id == id_)
+        row = s.execute(found).first()
+        if row is None:
+            return None
+        after = outgoing.cancel(s, tenant_id, id_)
+        if after is None:  # one that came in, or that was sent from a phone
+            return str(row.status), None
+        status, is_new = after
+        return str(status), row.channel_id if is_new else None
+
+
+def _shown(tenant_id: UUID, id_: UUID) -> dict[str, Any] | None:
+    with db.session([tenant_id]) as s:
+        row = s.scalars(select(Message).where(Message.tenant_id == tenant_id, Message.id == id_)).first()
+        if row is None:
+            return None
+        report = _report(s, row)
+        return {
+            "id": str(row.id),
+            "channel": str(row.channel_id),
+            "type": row.type,
+            "direction": row.direction,
+            "status": row.status,
+            **({"to": row.recipient} if row.recipient is not None else {}),
+            "created_at": _at(row.created_at),
+            "not_before": _at(row.turn_at) if row.turn_at is not None and row.turn_at > row.created_at else None,
+            "sent_at": _at(row.sent_at),
+            "delivered_at": _at(row.delivered_at),
+            "read_at": _at(row.read_at),
+            "failed_at": _at(row.failed_at),
+            "attempts": [_attempt(attempt) for attempt in Attempt.of(s, tenant_id, id_)],
+            "error": {"code": row.error_code, "text": row.error} if row.error_code or row.error else None,
+            "pricing": report.pricing if report else None,
+            "conversation": report.conversation if report else None,
+            "waiting": _waiting(s, row),
+        }
+
+
+def _report(s: Session, row: Message) -> StatusReport | None:
+    if row.provider_id is None:
+        return None
+    key = (StatusReport.tenant_id, StatusReport.channel_id, StatusReport.provider_id, StatusReport.participant)
+    wanted = select(StatusReport).where(tuple_(*key) == (row.tenant_id, row.channel_id, row.provider_id, ""))
+    return s.scalars(wanted).first()
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    error = None
+    if attempt.error_code or attempt.error_class or attempt.error:
+        error = {
+            "code": attempt.error_code,
+            "class": attempt.error_class,
+            "scope": attempt.error_scope,
+            "text": attempt.error,
+        }
+    return {
+        "number": attempt.number,
+        "started_at": _at(attempt.started_at),
+        "ended_at": _at(attempt.ended_at),
+        "outcome": attempt.outcome,
+        "error": error,
+        "provider_id": attempt.provider_id,
+    }
+
+
+def _waiting(s: Session, row: Message) -> dict[str, Any] | None:
+    """What an outgoing message waits for. None when it waits for nothing but its turn in the channel."""
+    if row.turn_at is None or row.status not in (MessageStatus.QUEUED, MessageStatus.UNKNOWN):
+        return None
+    if row.status == MessageStatus.UNKNOWN:
+        return {"reason": "settling", "until": _at(row.due_at)}
+    now: datetime = s.execute(select(func.now())).scalar_one()
+    lane = s.scalars(select(Lane).where(Lane.tenant_id == row.tenant_id, Lane.channel_id == row.channel_id)).first()
+    if row.turn_at > now:
+        return {"reason": "schedule", "until": _at(row.turn_at)}
+    if lane is not None and lane.hold is not None:
+        return {
+            "reason": "hold",
+            "hold": lane.hold,
+            "code": lane.hold_code,
+            "text": lane.hold_reason,
+            "since": _at(lane.held_at),
+        }
+    if lane is not None and lane.paused_until is not None and lane.paused_until > now:
+        return {"reason": "paused", "code": lane.pause_code, "until": _at(lane.paused_until)}
+    if row.due_at is not None and row.due_at > now:
+        return {"reason": "retry", "until": _at(row.due_at)}
+    if row.due_at is None or _is_behind_another(s, row):
+        return {"reason": "behind_another"}
+    return None
+
+
+def _is_behind_another(s: Session, row: Message) -> bool:
+    other = aliased(Message)
+    is_before = tuple_(other.turn_at, other.id) < (row.turn_at, row.id)
+    first = (
+        exists()
+        .where(other.tenant_id == row.tenant_id, other.conversation_id == row.conversation_id, other.id != row.id)
+        .where(
+            or_(
+                other.status == MessageStatus.SENDING,
+                and_(other.status == MessageStatus.UNKNOWN, other.due_at.is_not(None)),
+                and_(other.status == MessageStatus.QUEUED, is_before),
+            )
+        )
+    )
+    return bool(s.scalar(select(first)))
+
+
+def _at(at: datetime | None) -> str | None:
+    return at.isoformat() if at is not None else None
