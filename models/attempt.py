@@ -161,6 +161,7 @@ _END = text(f"""
     )
 }
     WHERE a.tenant_id = :tenant_id AND a.id = ANY(:ids) AND a.id = given.id AND a.outcome IN ('sending', 'unknown')
+        AND (a.outcome, given.outcome) <> ('unknown', 'unknown')
     RETURNING a.id
 """)
 
@@ -168,12 +169,12 @@ _ABANDONED = text("""
     WITH left_over AS (
         UPDATE message SET status = 'unknown', due_at = now() + :wait, unknowns = unknowns + 1
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND status = 'sending'
-        RETURNING id, attempt_id, type
+        RETURNING tenant_id, id, channel_id, attempt_id
     ), ended AS (
         UPDATE attempt AS a SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
         FROM left_over WHERE a.tenant_id = :tenant_id AND a.id = left_over.attempt_id AND a.outcome = 'sending'
     )
-    SELECT id, attempt_id, type FROM left_over
+    SELECT tenant_id, id, channel_id FROM left_over
 """)
 
 _REPORTED = text(f"""
@@ -185,8 +186,9 @@ _REPORTED = text(f"""
     WHERE a.channel_id = given.channel_id AND a.provider_id IS NULL
 """)
 
-# The message takes the first id that is told of any of its attempts. It may have been queued again meanwhile, or be
-# under way a second time: then it is sent already, and the second one is a double that is counted.
+# The message takes the first id that is told of any of its attempts, but for one that failed: that is the end of that
+# attempt alone. It may have been queued again meanwhile, or be under way a second time: then it is sent already, and
+# the second one is a double that is counted.
 _SETTLE = text(f"""
     WITH settled AS (
         UPDATE attempt AS a SET provider_id = given.provider_id, outcome = 'accepted', settled_by = 'status',
@@ -200,7 +202,7 @@ _SETTLE = text(f"""
         UPDATE message AS m SET provider_id = t.provider_id, status = 'sent', due_at = NULL, attempt_id = t.id,
             error_code = NULL, error = NULL, failed_at = NULL
         FROM first_told AS t
-        WHERE (m.tenant_id, m.id) = (t.tenant_id, t.message_id) AND m.provider_id IS NULL
+        WHERE (m.tenant_id, m.id) = (t.tenant_id, t.message_id) AND (m.provider_id IS NULL OR m.status = 'failed')
             AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
         RETURNING m.tenant_id, m.id
     )

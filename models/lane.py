@@ -12,19 +12,22 @@ its app) or *held* until a probe gets through (bad token, payment, an outage) or
 Read across tenants by the sweep, so without a tenant policy; it holds ids and codes alone, and is never served raw.
 """
 
+import time
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ForeignKeyConstraint, Index, RowMapping, UniqueConstraint, text
+from sqlalchemy import ForeignKeyConstraint, Index, Row, RowMapping, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, given_rows, rows
+from models.message import IN_LINE
 
 LEASE = timedelta(seconds=15)
 _RING_AGAIN = timedelta(seconds=5)
 FIRST_PROBE, LONGEST_PROBE = timedelta(seconds=30), timedelta(minutes=5)
+_LATELY = timedelta(minutes=3)  # an attempt that ended within the last minute began no earlier
 
 
 class Hold(StrEnum):
@@ -34,6 +37,16 @@ class Hold(StrEnum):
     PAYMENT = "payment"
     OUTAGE = "outage"  # the provider does not answer
     OPERATOR = "operator"
+
+
+class LaneState(StrEnum):
+    """How a lane stands, for people and dashboards."""
+
+    HELD = "held"
+    PAUSED = "paused"
+    SENDING = "sending"  # somebody has it
+    DUE = "due"  # it needs somebody, and nobody has it yet
+    IDLE = "idle"
 
 
 class Lane(Base):
@@ -57,7 +70,7 @@ class Lane(Base):
     paused_until: Mapped[datetime | None]
     pause_code: Mapped[str | None]
     misses: Mapped[int] = mapped_column(server_default=text("0"))  # calls in a row that speak for an outage
-    pace: Mapped[float] = mapped_column(server_default=text("1"))  # share of its rate that the provider let it have
+    pace: Mapped[float] = mapped_column(server_default=text("1"))  # share of its rate, set when it was too fast
     hold: Mapped[str | None]
     hold_code: Mapped[str | None]
     hold_reason: Mapped[str | None]
@@ -85,7 +98,10 @@ class Lane(Base):
 
     @staticmethod
     def release(s: Session, tenant_id: UUID, channel_id: UUID, token: UUID) -> bool:
-        """Let another have it, and note when it needs somebody next; True when that is now. Sees the tenant."""
+        """Let another have it, and note when it needs somebody next; True when something may be sent now.
+
+        An unknown message that cannot be decided yet is left to the sweep. Sees the tenant.
+        """
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "token": token}
         # Locked by a statement of its own: the next one then sees whatever was queued before the lock was had.
         if s.execute(_LOCK, {"ids": [channel_id]}).first() is None:
@@ -99,9 +115,9 @@ class Lane(Base):
             s.execute(_LOCK, {"ids": channel_ids}).all()
 
     @staticmethod
-    def pause(s: Session, *, code: str, seconds: float, channel_id: UUID) -> None:
-        """Send nothing for a while: a limit of this number was reached."""
-        given = {"code": code, "length": timedelta(seconds=seconds), "channel_id": channel_id}
+    def pause(s: Session, *, code: str, seconds: float, pace: float, channel_id: UUID) -> None:
+        """Send nothing for a while, and at this share of the rate then: a limit of this number was reached."""
+        given = {"code": code, "length": timedelta(seconds=seconds), "pace": pace, "channel_id": channel_id}
         s.execute(_PAUSE, given)
 
     @staticmethod
@@ -127,10 +143,10 @@ class Lane(Base):
         return bool(s.execute(_HOLD, given).scalar())
 
     @staticmethod
-    def went(s: Session, channel_id: UUID, *, misses: int, pace: float) -> None:
-        """Note how sending goes: failures in a row, and the share of the rate that the provider lets it have."""
-        given = {"channel_id": channel_id, "misses": misses, "pace": pace}
-        s.execute(text("UPDATE lane SET misses = :misses, pace = :pace WHERE channel_id = :channel_id"), given)
+    def missed(s: Session, channel_id: UUID, misses: int) -> None:
+        """Note how many calls in a row speak for an outage."""
+        given = {"channel_id": channel_id, "misses": misses}
+        s.execute(text("UPDATE lane SET misses = :misses WHERE channel_id = :channel_id"), given)
 
     @staticmethod
     def resume(s: Session, channel_id: UUID) -> bool:
@@ -154,6 +170,42 @@ class Lane(Base):
         value = s.scalar(_SECONDS_UNTIL_DUE)
         return None if value is None else float(value)
 
+    @staticmethod
+    def ensure(s: Session, tenant_id: UUID, channel_id: UUID) -> None:
+        """Make the lane's row for a channel that never had anything to send."""
+        s.execute(_ENSURE, {"tenant_id": tenant_id, "channel_id": channel_id})
+
+    @staticmethod
+    def overview(s: Session, channel_id: UUID | None = None) -> list[RowMapping]:
+        """How each lane stands whose tenant this session sees, or one of them: its state and what lies in its line.
+
+        `state` is a `LaneState`; `queued` counts the messages whose turn has come, `oldest_queued_at` is the turn of
+        the first of them; `paused_until` is None once it is over, and `lease` are the seconds that the holder has left.
+        """
+        only = _OVERVIEW if channel_id is None else _OVERVIEW_OF_ONE
+        return list(s.execute(only, {} if channel_id is None else {"channel_id": channel_id}).mappings())
+
+    @staticmethod
+    def sent_lately(s: Session) -> dict[UUID, int]:
+        """How many calls were accepted within the last minute, by channel, of the tenants that this session sees."""
+        return {row.channel_id: row.sent for row in s.execute(_SENT_LATELY, {"since": _first_id(_LATELY)})}
+
+    @staticmethod
+    def waiting(s: Session) -> Row[Any]:
+        """What lies in all lines that this session sees: `pending` (their turn has come, since `oldest` seconds),
+        `scheduled` for later, `unknown`."""
+        return s.execute(_WAITING).one()
+
+    @staticmethod
+    def in_states(s: Session) -> dict[str, int]:
+        """How many lanes of the fleet are in each state."""
+        return {row.state: row.lanes for row in s.execute(_IN_STATES)}
+
+    @staticmethod
+    def on_hold(s: Session) -> dict[str, int]:
+        """How many lanes of the fleet are held, by the kind of the hold."""
+        return {row.hold: row.lanes for row in s.execute(_ON_HOLD)}
+
 
 _EXPECT = text(f"""
     INSERT INTO lane AS l (tenant_id, channel_id, app_id, waba_id, next_due_at)
@@ -172,13 +224,13 @@ _MAY_SEND = """
 _TAKE = text(f"""
     UPDATE lane SET token = :token, until = now() + :length, next_ring_at = NULL
     WHERE channel_id = :channel_id AND (until IS NULL OR until < now()) AND next_due_at <= now() AND {_MAY_SEND}
-    RETURNING *
+    RETURNING *, extract(epoch FROM now() - paused_until)::float AS calm
 """)
 
 _RENEW = text(f"""
     UPDATE lane SET until = now() + :length, next_due_at = now()
     WHERE channel_id = :channel_id AND token = :token
-    RETURNING *, {_MAY_SEND} AS may_send
+    RETURNING *, {_MAY_SEND} AS may_send, extract(epoch FROM now() - paused_until)::float AS calm
 """)
 
 _LOCK = text("SELECT channel_id FROM lane WHERE channel_id = ANY(:ids) ORDER BY tenant_id, channel_id FOR UPDATE")
@@ -189,11 +241,14 @@ _RELEASE = text(f"""
         WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at IS NOT NULL
     )
     WHERE channel_id = :channel_id AND token = :token
-    RETURNING coalesce(next_due_at <= now(), false) AND {_MAY_SEND}
+    RETURNING next_due_at <= now() AND {_MAY_SEND} AND EXISTS (
+        SELECT FROM message AS m
+        WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at <= now() AND m.status = 'queued'
+    )
 """)
 
 _PAUSE = text("""
-    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code
+    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code, pace = :pace
     WHERE channel_id = :channel_id
 """)
 
@@ -227,7 +282,7 @@ _HOLD = text("""
 
 _RESUME = text("""
     UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, held_at = NULL, probes = 0, next_probe_at = NULL,
-        misses = 0, paused_until = NULL, pause_code = NULL, next_ring_at = NULL
+        misses = 0, paused_until = least(paused_until, now()), pause_code = NULL, next_ring_at = NULL
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 
@@ -252,3 +307,70 @@ _SECONDS_UNTIL_DUE = text("""
     WHERE next_due_at IS NOT NULL AND hold IS DISTINCT FROM 'operator'
         AND greatest(next_due_at, paused_until, next_probe_at, until) > now()
 """)
+
+_ENSURE = text("""
+    INSERT INTO lane (tenant_id, channel_id, app_id, waba_id)
+    SELECT tenant_id, id, app_id, config ->> 'waba_id' FROM channel
+    WHERE tenant_id = :tenant_id AND id = :channel_id
+    ON CONFLICT DO NOTHING
+""")
+
+_STATE = """
+    CASE WHEN l.hold IS NOT NULL THEN 'held' WHEN l.paused_until > now() THEN 'paused'
+        WHEN l.until > now() THEN 'sending' WHEN l.next_due_at <= now() THEN 'due' ELSE 'idle' END
+"""
+
+# The share of its rate that it has now: it rises again by a quarter every ten calm seconds (workers/_line.py).
+_SHARE = """
+    least(1, l.pace
+        * power(1.25, least(20, floor(greatest(0, extract(epoch FROM now() - l.paused_until)::float8) / 10))))
+"""
+
+_LINES = f"""
+    WITH line AS (
+        SELECT tenant_id, channel_id, count(*) FILTER (WHERE status = 'queued' AND turn_at <= now()) AS queued,
+            count(*) FILTER (WHERE status = 'queued' AND turn_at > now()) AS scheduled,
+            count(*) FILTER (WHERE status = 'sending') AS sending,
+            count(*) FILTER (WHERE status = 'unknown') AS unknown,
+            min(turn_at) FILTER (WHERE status = 'queued' AND turn_at <= now()) AS oldest_queued_at
+        FROM message WHERE {IN_LINE} AND turn_at IS NOT NULL {{only}} GROUP BY tenant_id, channel_id
+    )
+    SELECT l.tenant_id, l.channel_id, c.name, {_STATE} AS state,
+        l.hold, l.hold_code, l.hold_reason, l.held_at, l.probes, l.next_probe_at,
+        CASE WHEN l.paused_until > now() THEN l.paused_until END AS paused_until,
+        CASE WHEN l.paused_until > now() THEN l.pause_code END AS pause_code,
+        {_SHARE} AS pace, CASE WHEN l.until > now() THEN extract(epoch FROM l.until - now())::float8 END AS lease,
+        coalesce(line.queued, 0) AS queued, coalesce(line.scheduled, 0) AS scheduled,
+        coalesce(line.sending, 0) AS sending, coalesce(line.unknown, 0) AS unknown, line.oldest_queued_at,
+        extract(epoch FROM now() - line.oldest_queued_at)::float8 AS oldest_queued
+    FROM lane AS l JOIN channel AS c ON (c.tenant_id, c.id) = (l.tenant_id, l.channel_id)
+    LEFT JOIN line ON (line.tenant_id, line.channel_id) = (l.tenant_id, l.channel_id)
+"""
+
+_OVERVIEW = text(_LINES.format(only="") + " ORDER BY l.tenant_id, c.name")
+_OVERVIEW_OF_ONE = text(_LINES.format(only="AND channel_id = :channel_id") + " WHERE l.channel_id = :channel_id")
+
+# Ids of attempts begin with their time of birth: the primary key leads to the latest.
+_SENT_LATELY = text("""
+    SELECT channel_id, count(*) AS sent FROM attempt
+    WHERE id >= :since AND outcome = 'accepted' AND ended_at > now() - interval '1 minute'
+    GROUP BY channel_id
+""")
+
+# By the partial index of those in line, so that what was sent long ago costs nothing.
+_WAITING = text(f"""
+    SELECT count(*) FILTER (WHERE status = 'queued' AND turn_at <= now()) AS pending,
+        coalesce(extract(epoch FROM now() - min(turn_at) FILTER (WHERE status = 'queued' AND turn_at <= now())), 0)
+            AS oldest,
+        count(*) FILTER (WHERE status = 'queued' AND turn_at > now()) AS scheduled,
+        count(*) FILTER (WHERE status = 'unknown') AS unknown
+    FROM message WHERE {IN_LINE}
+""")
+
+_IN_STATES = text(f"SELECT {_STATE} AS state, count(*) AS lanes FROM lane AS l GROUP BY 1")
+_ON_HOLD = text("SELECT hold, count(*) AS lanes FROM lane WHERE hold IS NOT NULL GROUP BY hold")
+
+
+def _first_id(ago: timedelta) -> UUID:
+    """The smallest id of a row that was made at most so long ago."""
+    return UUID(int=int((time.time() - ago.total_seconds()) * 1000) << 80)

@@ -51,10 +51,13 @@ def put(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMap
 def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
     """The provider accepted these messages (`id`, `attempt_id`, `provider_id` or None for a receipt): they are sent.
 
-    Returns the messages with `is_adopted`; one that was not had been accepted before, by another attempt.
+    Returns the messages with `is_adopted`; one that was not had been accepted before, by another attempt, or under an
+    id that another message has.
     """
     if not given:
         return []
+    ids = {row["provider_id"]: row["id"] for row in reversed(given)}
+    given = [row for row in given if row["provider_id"] is None or ids[row["provider_id"]] == row["id"]]
     return list(s.execute(_ADOPT, _named(tenant_id, given)).mappings())
 
 
@@ -216,8 +219,13 @@ _ADOPT = text(f"""
             attempt_id = given.attempt_id, sent_at = coalesce(m.sent_at, now()), failed_at = NULL, error_code = NULL,
             error = NULL
         FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
-        WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id AND m.provider_id IS NULL
+        WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
+            AND (m.provider_id IS NULL OR m.status = 'failed')
             AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+            AND NOT EXISTS (
+                SELECT FROM message AS o
+                WHERE (o.tenant_id, o.channel_id, o.provider_id) = (m.tenant_id, m.channel_id, given.provider_id)
+            )
         RETURNING m.id
     )
     SELECT {_COLUMNS}, adopted.id IS NOT NULL AS is_adopted

@@ -61,6 +61,33 @@ def parser() -> argparse.ArgumentParser:
     traffic.add_argument("--seed", type=int, default=None)
     for word in (say, traffic):
         word.add_argument("--channel", default="demo-meta")
+    faults = _add(words, "faults", "sandbox:faults", "let sending go wrong, or list what is set", as_json=True)
+    faults.add_argument("kind", nargs="?", help="code, latency, hang_after, outage, …; without it a list")
+    faults.add_argument("--channel", default=None, help="only this one")
+    faults.add_argument("--to", default=None, help="only this recipient")
+    faults.add_argument("--share", type=float, default=None, help="of the calls, 0 to 1 (1)")
+    faults.add_argument("--count", type=int, default=None, help="ends after so many calls")
+    faults.add_argument("--seconds", type=float, default=None, help="ends after this time")
+    faults.add_argument("--code", type=int, default=None, help="Graph's error code, for `code` and `failed_status`")
+    faults.add_argument("--ms", type=int, default=None, help="for `latency`, and between the bytes of a `drip`")
+    faults.add_argument("--clear", action="store_true", help="remove all, before setting one if a kind is given")
+    rules = _add(words, "rules", "sandbox:rules", "switch Meta's limits on and off, or show them")
+    rules.add_argument("--channel", default=None, help="only this one")
+    on_or_off = argparse.BooleanOptionalAction
+    rules.add_argument("--window", action=on_or_off, default=None, help="24 hours from the customer's last message")
+    rules.add_argument("--pair", action=on_or_off, default=None, help="one message to a customer each 6 s, 45 at once")
+    rules.add_argument("--rate", default=None, help="messages a second for each number, or `off`")
+    rules.add_argument("--statuses", default=None, metavar="WORDS", help="comma-separated, none of them with ''")
+    rules.add_argument("--delay", type=float, nargs=2, default=None, metavar="S", help="fewest and most between them")
+    rules.add_argument("--lost", type=float, default=None, help="share of the statuses that never come")
+    rules.add_argument("--shuffle", action=on_or_off, default=None, help="statuses in any order")
+    rules.add_argument("--drop-ninth-digit", action=on_or_off, default=None, help="of some Brazilian numbers' wa_id")
+    rules.add_argument("--clear", action="store_true", help="first put everything back as it was at the start")
+    calls = _add(words, "calls", "sandbox:calls", "what the simulated Meta was asked to send", as_json=True)
+    calls.add_argument("--limit", type=int, default=20)
+    calls.add_argument("--channel", default=None, help="only this one")
+    calls.add_argument("--summary", action="store_true", help="counts instead")
+    calls.add_argument("--clear", action="store_true", help="forget them")
 
     tenant = _group(commands, "tenant", "companies")
     create = _add(tenant, "create", "admin:create_tenant", "a new tenant", as_json=True)
@@ -96,10 +123,40 @@ def parser() -> argparse.ArgumentParser:
     create.add_argument(
         "--config",
         required=True,
-        help='JSON: "phone_number_id", "waba_id", and for an app of its own "app_secret", "verify_token", "app"',
+        help='JSON: "phone_number_id", "waba_id", to send "access_token" and what `channel set` takes, and for an app '
+        'of its own "app_secret", "verify_token", "app"',
     )
     listing = _add(channel, "list", "admin:list_channels", "a tenant's channels", as_json=True)
     listing.add_argument("tenant")
+    token = _add(channel, "token", "sending:token", "a new access token, from standard input; sending goes on with it")
+    change = _add(channel, "set", "sending:change", "how a channel sends", as_json=True)
+    change.add_argument(
+        "--config",
+        required=True,
+        help='JSON: "messages_per_second" (80), "on_unknown" ("once_more" or "ask"), "settle_seconds" (60), "default" '
+        "(true: for requests that name no channel); null puts one back",
+    )
+    for word in (token, change):
+        word.add_argument("tenant")
+        word.add_argument("name")
+
+    template = _group(commands, "template", "message templates, and what Meta thinks of them")
+    sync = _add(template, "sync", "templates:sync", "ask Meta for all of them", as_json=True)
+    sync.add_argument("tenant")
+    sync.add_argument("--channel", default=None, help="only the account of this one")
+    listing = _add(template, "list", "templates:listing", "what is known of them", as_json=True)
+    listing.add_argument("tenant")
+
+    lanes = _add(
+        commands, "lanes", "lanes:lanes", "how sending goes on each channel; hold one, let it go on", as_json=True
+    )
+    lanes.add_argument("--tenant", default=None, help="only this one's")
+    words = lanes.add_subparsers(dest="word", metavar="WORD")
+    hold = _add(words, "hold", "lanes:hold", "send nothing more from a channel")
+    hold.add_argument("--reason", default=None, help="for whoever asks why")
+    resume = _add(words, "resume", "lanes:resume", "end any hold or pause of a channel, whoever set it")
+    for word in (hold, resume):
+        word.add_argument("channel", help="id, or TENANT/NAME")
 
     _add(commands, "actors", "jobs:actors", "every actor: queue, schedule, retries, what waits", as_json=True)
     for name, does in (("run", "run one actor here, without a broker"), ("send", "enqueue one job")):
@@ -108,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
         job.add_argument("arguments", metavar="JSON", help="an object of named arguments, or an array of arguments")
 
     trace = _add(commands, "trace", "trace:trace", "the story of one message, delivery or request", as_json=True)
-    trace.add_argument("id", help="message id, provider's message id, delivery id or request id")
+    trace.add_argument("id", help="id of a message, an attempt, a delivery or a request, ours or the provider's")
 
     dead = _group(commands, "dead", "what was given up")
     listing = _add(dead, "list", "dead:listing", "open dead letters, grouped by cause with --grouped", as_json=True)

@@ -3,10 +3,11 @@
 import re
 import sys
 from argparse import Namespace
-from typing import Any
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -23,13 +24,39 @@ from pombal.settings import require_secrets, settings
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHORTEST_SECRET = 8  # characters; Meta's app secrets have 32
+_TOKEN = re.compile(r"[!-~]([ -~]{0,4094}[!-~])?")  # what a header can carry
+
+C = TypeVar("C", bound="SendingConfig")
 
 
 class Refused(PombalError):
     """What was asked for cannot be done; the message says why."""
 
 
-class MetaConfig(msgspec.Struct, forbid_unknown_fields=True):
+class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """How a channel sends; what is left out is as for every channel, and None puts it back to that.
+
+    messages_per_second  what the provider allows its number (whatsapp-cloud-api.md §10)
+    on_unknown           what to do when nobody told what became of a send: `once_more`, or `ask` an operator
+    settle_seconds       how long a status is waited for that would tell it
+    default              whether it serves requests that name no channel
+    """
+
+    messages_per_second: Annotated[float, msgspec.Meta(gt=0, le=100_000)] | UnsetType | None = UNSET
+    on_unknown: str | UnsetType | None = UNSET
+    settle_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] | UnsetType | None = UNSET
+    default: bool | UnsetType | None = UNSET
+
+    def applied_to(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A channel's `config` with these settings in it. Raises `Refused`."""
+        if self.on_unknown not in (UNSET, None, "once_more", "ask"):
+            raise Refused("on_unknown must be once_more or ask")
+        given = {field: getattr(self, field) for field in SendingConfig.__struct_fields__}
+        merged = config | {field: value for field, value in given.items() if value is not UNSET}
+        return {field: value for field, value in merged.items() if value is not None}
+
+
+class MetaConfig(SendingConfig, forbid_unknown_fields=True, kw_only=True):
     """`--config` of a Meta channel. Without `app_secret` it shares the default app, at `/webhooks/whatsapp`."""
 
     phone_number_id: str
@@ -100,14 +127,19 @@ def revoke_key(given: Namespace) -> int:
 
 def create_channel(given: Namespace) -> int:
     require_secrets()
-    try:
-        config = msgspec.json.decode(given.config, type=MetaConfig)
-    except msgspec.DecodeError as error:
-        raise Refused(f"--config: {error}") from None
+    config = decoded(given.config, MetaConfig)
     channel, app = add_meta_channel(tenant_named(given.tenant), given.name, config)
     path = "/webhooks/whatsapp" + ("" if app.slug == DEFAULT_SLUG else f"/{app.slug}")
     _show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "app": app.slug, "webhook": path})
     return 0
+
+
+def decoded(config: str, into: type[C]) -> C:
+    """What `--config` says. Raises `Refused` with the field's name and what it may be."""
+    try:
+        return msgspec.json.decode(config, type=into)
+    except msgspec.DecodeError as error:
+        raise Refused(f"--config: {error}") from None
 
 
 def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Channel, App]:
@@ -121,15 +153,14 @@ def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Cha
     if config.old_app_secret and not config.app_secret:
         raise Refused("old_app_secret goes with the app_secret that follows it")
     channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.META, name=name)
-    channel.config = {
-        field: value
-        for field in ("phone_number_id", "waba_id", "display_phone_number")
-        if (value := getattr(config, field)) is not None
-    }
+    ids = {field: getattr(config, field) for field in ("phone_number_id", "waba_id", "display_phone_number")}
+    channel.config = config.applied_to(ids)
     if config.access_token:
-        channel.seal({"access_token": config.access_token})
+        channel.seal({"access_token": usable_token(config.access_token)})
     try:
         with db.session([tenant.id]) as s:
+            if channel.config.get("default"):
+                no_longer_default(s, tenant.id)
             app = _app_for(s, tenant, config)
             channel.app_id = app.id
             s.add(channel)
@@ -141,6 +172,21 @@ def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Cha
         what = "this app has a channel with that phone_number_id" if "route" in taken else "the name is taken"
         raise Refused(f"{what} already") from None
     return channel, app
+
+
+def usable_token(text: str) -> str:
+    """An access token that can go into a header. Raises `Refused`, without repeating it."""
+    if not _TOKEN.fullmatch(text):
+        raise Refused("access_token must be printable ASCII without blanks around it, at most 4096 characters")
+    return text
+
+
+def no_longer_default(s: Session, tenant_id: UUID) -> None:
+    """Another channel becomes the tenant's default: there is one at most."""
+    for channel in s.scalars(
+        select(Channel).where(Channel.tenant_id == tenant_id).order_by(Channel.id).with_for_update(key_share=True)
+    ):
+        channel.config = {field: value for field, value in channel.config.items() if field != "default"}
 
 
 def _app_for(s: Session, tenant: Tenant, config: MetaConfig) -> App:
@@ -199,7 +245,8 @@ def list_channels(given: Namespace) -> int:
     with db.session([tenant.id]) as s:
         rows = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id).order_by(Channel.name))
         found: list[dict[str, object]] = [
-            {"id": c.id, "kind": c.kind, "name": c.name, "config": c.config} for c in rows
+            {"id": c.id, "kind": c.kind, "name": c.name, "config": c.config, "has_secrets": c.sealed is not None}
+            for c in rows
         ]
     as_json(found) if given.json else table(found, empty="no channels")
     return 0
@@ -214,6 +261,15 @@ def tenant_named(name: str) -> Tenant:
     if tenant is None:
         raise Refused(f"there is no tenant {name}")
     return tenant
+
+
+def channel_named(tenant: Tenant, name: str) -> Channel:
+    """A tenant's channel by its name. Raises `Refused`."""
+    with db.session([tenant.id]) as s:
+        found = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == name)).first()
+    if found is None:
+        raise Refused(f"{tenant.slug} has no channel {name}")
+    return found
 
 
 def _uuid(text: str) -> UUID:

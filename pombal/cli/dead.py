@@ -9,11 +9,12 @@ import redis
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from models import DeadLetter, Delivery
+from models import DeadLetter, Delivery, outgoing
 from models.dead_letter import LetterState
 from pombal import db
 from pombal.broker import HardenedBroker
 from pombal.cli import as_json, say, table
+from pombal.cli.lanes import ring
 from pombal.errors import PombalError
 
 
@@ -46,6 +47,7 @@ def _listed(s: Session, fingerprint: str | None, limit: int) -> list[dict[str, o
             "last": row.last_at.isoformat(timespec="seconds"),
             "tenant": row.tenant_id,
             "delivery": row.delivery_id,
+            "message": row.message_id,
             "path": row.path,
             "error": row.error,
         }
@@ -91,9 +93,11 @@ def retry(given: Namespace) -> int:
     """Make their rows pending again, or enqueue their jobs anew; a letter that fails again reopens."""
     from workers import broker  # imports the fleet
 
-    letters = _chosen(given, "retry")
-    unknown = [row for row in letters if row.delivery_id is None and row.actor not in broker.actors]
-    letters = [row for row in letters if row not in unknown]
+    chosen = _chosen(given, "retry")
+    unsent = [row for row in chosen if row.message_id is not None]
+    others = [row for row in chosen if row.message_id is None]
+    unknown = [row for row in others if row.delivery_id is None and row.actor not in broker.actors]
+    letters = [row for row in others if row not in unknown]
     deliveries = sorted({row.delivery_id for row in letters if row.delivery_id})
     # The sweep rings for rows within seconds; jobs without a row have only this bell, so it rings before they close.
     for row in letters:
@@ -106,9 +110,29 @@ def retry(given: Namespace) -> int:
         # The whole body is processed again, so whatever else was bad in it gets its say again too.
         again = update(DeadLetter).where(DeadLetter.delivery_id.in_(deliveries), DeadLetter.state == LetterState.OPEN)
         s.execute(again.values(state=LetterState.RETRIED))
+    settled = _send_again(unsent)
     _forget_in_redis(letters)
-    say(f"{len(letters)} retried" + (f", {len(unknown)} left: no actor of that name here" if unknown else ""))
+    say(
+        f"{len(letters) + len(unsent)} retried"
+        + (f", {settled} of them had been settled meanwhile" if settled else "")
+        + (f", {len(unknown)} left: no actor of that name here" if unknown else "")
+    )
     return 0
+
+
+def _send_again(letters: list[DeadLetter]) -> int:
+    """Queue their messages again and ring their lanes. Returns how many were failed or unknown no longer.
+
+    Each in a commit of its own: a lane is locked before its messages, and these are of many lanes.
+    """
+    settled = 0
+    for row in letters:
+        assert row.message_id is not None and row.tenant_id is not None  # noqa: S101, PT018 - chosen for that
+        with db.session([row.tenant_id]) as s:
+            settled += not outgoing.again(s, row.tenant_id, row.message_id)
+            _close(s, [row], LetterState.RETRIED)
+    ring(*sorted({UUID(row.args["args"][0]) for row in letters}))
+    return settled
 
 
 def drop(given: Namespace) -> int:

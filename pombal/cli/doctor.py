@@ -5,9 +5,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import redis
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from pombal import db
@@ -15,6 +16,8 @@ from pombal.cli import as_json, parser, say
 from pombal.cli.fleet import ROOT, queues
 from pombal.errors import Misconfigured
 from pombal.settings import check_secrets, settings
+
+_MOST_NAMES = 10
 
 
 class Finding(NamedTuple):
@@ -24,7 +27,7 @@ class Finding(NamedTuple):
 
 def doctor(given: Namespace) -> int:
     """Exit code 1 when there is an error; warnings alone are 0."""
-    findings = [*_python(), *_secrets(), *_postgres(), *_redis(), *_procfile()]
+    findings = [*_python(), *_secrets(), *_graph(), *_postgres(), *_redis(), *_procfile()]
     if given.json:
         as_json([finding._asdict() for finding in findings])
     else:
@@ -43,6 +46,15 @@ def _secrets() -> Iterator[Finding]:
     yield from (Finding("error", line) for line in wrong)
     if not wrong:
         yield Finding("ok", "secrets are set and strong enough")
+
+
+def _graph() -> Iterator[Finding]:
+    try:
+        base_url, version = settings().require_graph()
+    except Misconfigured as error:
+        yield Finding("error", str(error))
+        return
+    yield Finding("ok", f"messages are sent through {urlsplit(base_url).hostname}, version {version}")
 
 
 def _postgres() -> Iterator[Finding]:
@@ -64,6 +76,8 @@ def _postgres() -> Iterator[Finding]:
                 yield Finding("warning", "tomorrow's partition of delivery is not made yet: is a clock running?")
             if not check_secrets(settings()):
                 yield from _unreadable_secrets()
+                yield from _without_token()
+            yield from _held()
     except Misconfigured as error:
         yield Finding("error", str(error))
     except DBAPIError as error:
@@ -96,6 +110,45 @@ def _unreadable_secrets() -> Iterator[Finding]:
                 continue
             if not kept["app_secrets"] and not (app.slug == DEFAULT_SLUG and settings().whatsapp_app_secret):
                 yield Finding("error", f"app {app.slug} has no secret: its webhooks are all refused")
+
+
+def _without_token() -> Iterator[Finding]:
+    from models import Channel, ChannelKind, Tenant
+
+    missing = []
+    with db.session() as s:
+        db.see_all(s)
+        meta = select(Channel, Tenant.slug).join(Tenant, Tenant.id == Channel.tenant_id)
+        for channel, slug in s.execute(
+            meta.where(Channel.kind == ChannelKind.META).order_by(Tenant.slug, Channel.name)
+        ):
+            try:
+                if not channel.secrets().get("access_token"):
+                    missing.append(f"{slug}/{channel.name}")
+            except Misconfigured as error:
+                yield Finding("error", str(error))
+    if missing:
+        yield Finding("warning", f"no access token, so nothing can be sent (`pombal channel token`): {_some(missing)}")
+
+
+def _held() -> Iterator[Finding]:
+    from models import Lane, Tenant
+
+    with db.session() as s:
+        db.see_all(s)
+        slugs = {row.id: row.slug for row in s.execute(select(Tenant.id, Tenant.slug))}
+        held = [
+            f"{slugs[row['tenant_id']]}/{row['name']} ({' '.join(filter(None, (row['hold'], row['hold_code'])))})"
+            for row in Lane.overview(s)
+            if row["hold"]
+        ]
+    if held:
+        yield Finding("warning", f"sending is held (`pombal lanes`): {_some(held)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _redis() -> Iterator[Finding]:

@@ -31,6 +31,8 @@ def worker(given: Namespace) -> int:
     unknown = sorted(set(given.queues) - set(queues()))
     if unknown:  # Dramatiq would start and wait for ever without a word
         raise Misconfigured(f"there is no queue {unknown[0]}; there are {', '.join(queues())}")
+    if "outgoing_message" in given.queues:
+        settings().require_graph()
     _ready("worker_started")
     # Not the broker: its process id is per worker process, so it must be made after the fork.
     from dramatiq import cli

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from pombal.cli import as_json
+from pombal.cli import as_json, table
 from pombal.cli import say as tell
 from pombal.errors import PombalError
 from pombal.settings import data_folder, settings
@@ -47,6 +47,78 @@ def traffic(given: Namespace) -> int:
             as_json(now)
             return 0 if now["state"] == "done" else 1
         time.sleep(1)  # a line a second for people; the sandbox works on by itself
+
+
+def faults(given: Namespace) -> int:
+    """Set one, or list them."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.clear_faults, given)
+    if given.kind:
+        names = ("channel", "to", "share", "count", "seconds", "code", "ms")
+        more = {name: getattr(given, name) for name in names}
+        _asked(lambda url: client.faults(url, given.kind, **more), given)
+    found = _asked(client.faults, given)["faults"]
+    if given.json:
+        as_json(found)
+        return 0
+    rows: list[dict[str, object]] = [
+        {
+            "id": fault["id"],
+            "kind": fault["kind"],
+            "channel": fault.get("channel", "all"),
+            "met": fault["met"],
+            "more": " ".join(f"{k}={v}" for k, v in fault.items() if k not in ("id", "kind", "channel", "met")),
+        }
+        for fault in found
+    ]
+    table(rows, empty="nothing is set to go wrong")
+    return 0
+
+
+def rules(given: Namespace) -> int:
+    """Change what is given, and print the rules that hold then."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.clear_rules, given)
+    names = ("channel", "window", "pair", "drop_ninth_digit")
+    asked = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if given.rate is not None:
+        asked["rate"] = _rate(given.rate)
+    statuses = {name: getattr(given, name) for name in ("delay", "lost", "shuffle") if getattr(given, name) is not None}
+    if given.statuses is not None:
+        statuses["words"] = [word for word in given.statuses.split(",") if word]
+    if statuses:
+        asked["statuses"] = statuses
+    as_json(_asked(lambda url: client.rules(url, **asked), given))
+    return 0
+
+
+def calls(given: Namespace) -> int:
+    """The latest ones, newest last."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.clear_calls, given)
+    if given.summary:
+        as_json(_asked(client.summary, given))
+        return 0
+    found = _asked(lambda url: client.calls(url, limit=given.limit, channel=given.channel), given)["calls"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("n", "channel", "to", "type", "outcome", "code", "http", "answered", "fault", "wamid")
+    table([{column: call[column] for column in columns} for call in found], empty="nothing was sent")
+    return 0
+
+
+def _rate(text: str) -> float | None:
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise SandboxAway(f"--rate is a number or `off`, not {text!r}") from None
 
 
 def _asked(ask: Callable[[str], dict[str, Any]], given: Namespace) -> dict[str, Any]:

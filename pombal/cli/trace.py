@@ -1,4 +1,4 @@
-"""The story of one message: how it came, where it lies, what was said of it, what went wrong."""
+"""The story of one message: how it came or was sent, where it lies, what was said of it, what went wrong."""
 
 from argparse import Namespace
 from typing import Any
@@ -7,12 +7,14 @@ from uuid import UUID
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from models import Conversation, DeadLetter, Delivery, Event, Media, Message, StatusReport
+from models import Attempt, Conversation, DeadLetter, Delivery, Event, Lane, Media, Message, MessageStatus, StatusReport
+from models.attempt import attempt_named_in
 from pombal import db
 from pombal.cli import as_json, say
 from pombal.errors import PombalError
 
-_HIDDEN = {"raw", "claim_token", "traceback"}
+_HIDDEN = {"raw", "claim_token", "traceback", "request_digest"}
+_WAITING = (MessageStatus.QUEUED, MessageStatus.SENDING, MessageStatus.UNKNOWN)
 
 
 class NotFound(PombalError):
@@ -39,25 +41,44 @@ def trace(given: Namespace) -> int:
 
 def _story(s: Session, wanted: str) -> dict[str, list[dict[str, Any]]]:
     id_ = _uuid(wanted)
-    messages = list(s.scalars(select(Message).where(or_(Message.provider_id == wanted, Message.id == id_))))
+    messages = _messages(s, wanted, id_)
     deliveries = {m.delivery_id for m in messages if m.delivery_id} | ({id_} if id_ else set())
     where = or_(Delivery.id.in_(deliveries), Delivery.request_id == wanted)
     found = list(s.scalars(select(Delivery).where(where).order_by(Delivery.id)))
     if not messages:
-        messages = list(s.scalars(select(Message).where(Message.delivery_id.in_([d.id for d in found]))))
-    provider_ids = {m.provider_id for m in messages if m.provider_id} | {wanted}
+        sources = or_(Message.delivery_id.in_([d.id for d in found]), Message.request_id == wanted)
+        messages = list(s.scalars(select(Message).where(sources).order_by(Message.id)))
     ids = [m.id for m in messages]
+    attempts = list(
+        s.scalars(select(Attempt).where(Attempt.message_id.in_(ids)).order_by(Attempt.message_id, Attempt.number))
+    )
+    provider_ids = {m.provider_id for m in messages} | {a.provider_id for a in attempts} | {wanted}
+    waiting = {m.channel_id for m in messages if m.status in _WAITING and m.turn_at is not None}
+    letters = or_(DeadLetter.delivery_id.in_([d.id for d in found]), DeadLetter.message_id.in_(ids))
     return {
         "delivery": [_row(d) | {"bytes": len(d.raw)} for d in found],
         "message": [_row(m) for m in messages],
+        "attempt": [_row(a) for a in attempts],
+        "lane": [dict(row) for channel_id in sorted(waiting) for row in Lane.overview(s, channel_id)],
         "conversation": _rows(
             s, select(Conversation).where(Conversation.id.in_([m.conversation_id for m in messages]))
         ),
-        "status": _rows(s, select(StatusReport).where(StatusReport.provider_id.in_(provider_ids))),
+        "status": _rows(s, select(StatusReport).where(StatusReport.provider_id.in_(filter(None, provider_ids)))),
         "media": _rows(s, select(Media).where(Media.message_id.in_(ids))),
         "event": _rows(s, select(Event).where(Event.message_id.in_(ids)).order_by(Event.id)),
-        "dead letter": _rows(s, select(DeadLetter).where(DeadLetter.delivery_id.in_([d.id for d in found]))),
+        "dead letter": _rows(s, select(DeadLetter).where(letters)),
     }
+
+
+def _messages(s: Session, wanted: str, id_: UUID | None) -> list[Message]:
+    """By an id of theirs, or by one of an attempt to send them: a message sent twice has two of the provider's."""
+    found = list(s.scalars(select(Message).where(or_(Message.provider_id == wanted, Message.id == id_))))
+    if found:
+        return found
+    attempt_id = attempt_named_in(wanted) or id_
+    tried = select(Attempt.message_id).where(or_(Attempt.provider_id == wanted, Attempt.id == attempt_id))
+    ids = list(s.scalars(tried))
+    return list(s.scalars(select(Message).where(Message.id.in_(ids)).order_by(Message.id))) if ids else []
 
 
 def _rows(s: Session, query: Any) -> list[dict[str, Any]]:

@@ -21,20 +21,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from pombal.cli import default_data, say
+from pombal.cli.fleet import queues, upgrade
 from pombal.errors import Misconfigured, PombalError
 from pombal.ids import uuid7
-from pombal.local import Lock, Server, ensure_roles_and_database, start_postgres, start_valkey, write_env
+from pombal.local import Lock, Server, ensure_roles_and_database, read_env, start_postgres, start_valkey, write_env
 from pombal.secrets import new_fernet_key, new_token
 from pombal.settings import settings
 from pombal.supervisor import Command, Supervisor
 
+if TYPE_CHECKING:
+    from models import Channel
+
 _PROCESSES = ("sandbox", "web", "worker", "clock")
 _SANDBOX_PORT = 9010
+_PERSON = "5511944440001"
 
 
 def up(given: Namespace) -> int:
@@ -55,10 +60,10 @@ def up(given: Namespace) -> int:
             _wipe(data)
         servers = _start_servers(running, given, data)
         with _step("migrations"):
-            from pombal.cli.fleet import upgrade  # needs the addresses in the environment
-
             upgrade()
         sandbox_port = _free_port(_SANDBOX_PORT)
+        if not given.no_sandbox:
+            _send_to_sandbox(data, f"http://127.0.0.1:{sandbox_port}")
         with _step("demo tenant"):
             demo = _seed(data, given.port, sandbox_port)
         supervisor = Supervisor(_commands(wanted, data, given.port, sandbox_port), data=data)
@@ -136,6 +141,14 @@ def _start_servers(running: ExitStack, given: Namespace, data: Path) -> list[Ser
     return servers
 
 
+def _send_to_sandbox(data: Path, url: str) -> None:
+    """Let the simulated Meta be where messages are sent, unless another address is given."""
+    name = "WHATSAPP_GRAPH_URL"
+    if os.environ.get(name, "") in ("", read_env(data).get(name)):  # a shell may export what an earlier start wrote
+        os.environ[name] = url
+        settings.cache_clear()
+
+
 def _secret_keys(data: Path) -> str:
     """Made once, kept beside the data that it opens."""
     file = data / "secret-keys"
@@ -160,7 +173,7 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     }
     _write(file, demo)
     channels = [channel for tenant in demo["tenants"] for channel in tenant["channels"] if channel["kind"] == "meta"]
-    names = ("name", "phone_number_id", "waba_id")
+    names = ("name", "phone_number_id", "waba_id", "access_token")
     apps = [
         {
             "url": f"{base_url}/webhooks/whatsapp",
@@ -177,6 +190,8 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
         "POMBAL_SANDBOX_URL": sandbox_url,
         "LOG_FORMAT": "console",
     }
+    if os.environ.get("WHATSAPP_GRAPH_URL"):
+        extra["WHATSAPP_GRAPH_URL"] = given.whatsapp_graph_url
     write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
     return demo
 
@@ -199,6 +214,7 @@ def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
         channel = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == "demo-meta")).first()
         app = s.get(App, channel.app_id) if channel else None
     if channel and kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == str(channel.id):
+        kept["tenants"][0]["channels"][0]["access_token"] = _access_token(channel)
         return kept
     if channel is None or app is None:
         config = admin.MetaConfig(
@@ -208,6 +224,7 @@ def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
             app="default",
             app_secret=new_token(),
             verify_token=new_token(),
+            access_token=new_token(),
         )
         channel, app = admin.add_meta_channel(tenant, "demo-meta", config)
     _, api_key = admin.add_key(tenant.id, "demo")
@@ -220,8 +237,24 @@ def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
         "waba_id": channel.config["waba_id"],
         "app_secret": secrets["app_secrets"][0],
         "verify_token": secrets["verify_token"],
+        "access_token": _access_token(channel),
     }
     return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": [shown], "sip": []}]}
+
+
+def _access_token(channel: "Channel") -> str:
+    """Of the demo channel, which has none if it was made before anything could be sent."""
+    from models import Channel
+    from pombal import db
+
+    with db.session([channel.tenant_id]) as s:
+        found = s.get_one(Channel, (channel.tenant_id, channel.id))
+        kept = found.secrets()
+        if not kept.get("access_token"):
+            kept = kept | {"access_token": new_token()}
+            found.seal(kept)
+    token: str = kept["access_token"]
+    return token
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -236,7 +269,7 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
     arguments = {
         "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
-        "worker": ["worker", "incoming_message"],
+        "worker": ["worker", *queues()],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}
@@ -299,13 +332,26 @@ def _welcome(
         f"  {pombal} trace {wamid}",
         *([f'  {pombal} sandbox say --channel demo-meta "Olá"'] if "sandbox" in wanted else []),
         "",
+        *(_sending(port, tenant["api_key"], pombal) if os.environ.get("WHATSAPP_GRAPH_URL") else []),
     ]
     supervisor.say(f"ready after {time.monotonic() - began:.1f} s")
     supervisor.show(lines)
 
 
+def _sending(port: int, api_key: str, pombal: str) -> list[str]:
+    """How to send a text, where there is a simulated Meta that knows the demo channel."""
+    text = msgspec.json.encode({"to": f"+{_PERSON}", "type": "text", "text": "Oi, Bia"}).decode()
+    return [
+        f"  curl -i http://127.0.0.1:{port}/api/v1/messages -H 'Content-Type: application/json' \\",
+        f"    -H 'Authorization: Bearer {api_key}' \\",
+        f"    -d '{text}'",
+        f"  {pombal} lanes",
+        "",
+    ]
+
+
 def _demo_body(channel: dict[str, str], wamid: str) -> str:
-    person = "5511944440001"
+    person = _PERSON
     message = {"from": person, "id": wamid, "timestamp": str(int(time.time())), "type": "text"}
     value = {
         "messaging_product": "whatsapp",

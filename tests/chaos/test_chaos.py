@@ -310,7 +310,7 @@ def test_up_writes_down_what_scripts_need(fleet: Fleet) -> None:
     (tenant,) = demo["tenants"]
     assert (set(tenant), tenant["slug"], tenant["sip"]) == ({"slug", "api_key", "channels", "sip"}, "demo", [])
     (channel,) = tenant["channels"]
-    fields = {"id", "kind", "name", "phone_number_id", "waba_id", "app_secret", "verify_token"}
+    fields = {"id", "kind", "name", "phone_number_id", "waba_id", "app_secret", "verify_token", "access_token"}
     assert (set(channel), channel["kind"]) == (fields, "meta")
     bearer = {"Authorization": f"Bearer {tenant['api_key']}"}
     mine = httpx.get(f"{fleet.url}/api/v1/channels", headers=bearer, trust_env=False).json()

@@ -76,6 +76,7 @@ def test_labels_are_of_a_closed_kind() -> None:
         "class",
         "operation",
         "step",
+        "hold",
     }
 
     assert {label for metric in OURS for label in metrics.labels_of(metric)} <= known

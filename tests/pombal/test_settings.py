@@ -86,6 +86,40 @@ def test_every_process_says_what_is_missing(tmp_path: Path, command: tuple[str, 
     assert done.stderr.splitlines()[-1].startswith("pombal: DATABASE_URL is not set")
 
 
+NOT_METAS = {
+    "no address": ({"WHATSAPP_GRAPH_URL": "graph"}, "WHATSAPP_GRAPH_URL is not an http(s) address"),
+    "another scheme": ({"WHATSAPP_GRAPH_URL": f"ftp://{SECRET}"}, "WHATSAPP_GRAPH_URL is not an http(s) address"),
+    "tokens in the clear": (
+        {"WHATSAPP_GRAPH_URL": f"http://{SECRET}.example"},
+        "WHATSAPP_GRAPH_URL must be https in production: access tokens travel there",
+    ),
+    "no version": ({"WHATSAPP_API_VERSION": SECRET}, "WHATSAPP_API_VERSION must look like v26.0"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_METAS)
+def test_a_worker_that_cannot_send_refuses_to_start(tmp_path: Path, name: str) -> None:
+    bad, reason = NOT_METAS[name]
+
+    done = started(GOOD | bad, tmp_path, "worker", "incoming_message", "outgoing_message")
+
+    assert done.returncode == 1
+    assert done.stderr == f"pombal: {reason}\n"
+    assert SECRET not in done.stderr
+
+
+def test_where_to_send_has_a_default_and_may_be_anywhere_in_development(environment: pytest.MonkeyPatch) -> None:
+    assert settings().require_graph() == ("https://graph.facebook.com", "v26.0")
+
+    environment.setenv("WHATSAPP_GRAPH_URL", "http://127.0.0.1:9010")
+    environment.setenv("WHATSAPP_API_VERSION", "v27.1")
+    with pytest.raises(Misconfigured, match="https in production"):
+        settings().require_graph()
+
+    environment.setenv("POMBAL_MODE", "development")
+    assert settings().require_graph() == ("http://127.0.0.1:9010", "v27.1")
+
+
 def test_all_reasons_are_given_at_once() -> None:
     wrong = check_secrets(Settings(secret_keys="x", whatsapp_app_secret="x", metrics_token="x"))
 
@@ -121,6 +155,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
         "LOG_FORMAT",
         "POMBAL_MODE",
         "PORT",
+        "WHATSAPP_API_VERSION",
+        "WHATSAPP_GRAPH_URL",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("POMBAL_DATA", str(tmp_path))

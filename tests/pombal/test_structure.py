@@ -188,7 +188,7 @@ def is_test_folder(folder: Path) -> bool:
 
 
 LABELS = {
-    "actor", "channel_kind", "class", "direction", "kind", "operation", "outcome", "provider", "queue", "state",
+    "actor", "channel_kind", "class", "direction", "hold", "kind", "operation", "outcome", "provider", "queue", "state",
     "status", "step", "tier",
 }  # fmt: skip
 
