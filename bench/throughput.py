@@ -246,8 +246,8 @@ def median(runs: list[Run]) -> Run:
     )
 
 
-def say(text: str = "") -> None:
-    print(text, flush=True)
+def say(text: str = "", end: str = "\n") -> None:
+    print(text, flush=True, end=end)
 
 
 # ---------------------------------------------------------------------------------------------------------- profiling

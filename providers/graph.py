@@ -22,10 +22,20 @@ _MOST_TRACE = 64
 
 
 class GraphSender:
-    """The way out of one number. Times out after 30 s in all; never repeats a call by itself."""
+    """The way out of one number. Times out after `deadline` seconds in all; never repeats a call by itself."""
 
-    def __init__(self, clients: http.Clients, base_url: str, version: str, *, number: str, token: str) -> None:
+    def __init__(
+        self,
+        clients: http.Clients,
+        base_url: str,
+        version: str,
+        *,
+        number: str,
+        token: str,
+        deadline: float = http.DEADLINE,
+    ) -> None:
         self._clients = clients
+        self._deadline = deadline
         self._url = f"{base_url.rstrip('/')}/{version}/{quote(number, safe='')}/messages"
         self._has_token = bool(token)
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
@@ -38,7 +48,7 @@ class GraphSender:
         try:
             async with self._clients.client() as client:
                 request = client.build_request("POST", self._url, content=content, headers=self._headers)
-                reply = await http.call(client, request)
+                reply = await http.call(client, request, deadline=self._deadline)
         except http.NoReply as error:
             outcome = Outcome.UNKNOWN if error.has_left else Outcome.NOT_SENT
             return Answer(outcome, http_status=error.status, why=error.why)
@@ -68,8 +78,8 @@ def read(reply: http.Reply, *, has_link: bool = False) -> Answer:
     body = _json(reply.body)
     error = body.get("error") if body else None
     trace = error.get("fbtrace_id") if isinstance(error, dict) else None
-    trace = trace[:_MOST_TRACE] if isinstance(trace, str) else None
-    if 200 <= reply.status < 300 and error is None:
+    trace = trace[:_MOST_TRACE].replace("\0", "\ufffd") if isinstance(trace, str) else None
+    if 200 <= reply.status < 300 and not isinstance(error, dict):
         return _accepted(reply, body)
     if reply.status >= 500 and not isinstance(error, dict):
         # A page of some machine on the way: it does not say how far the request came (§14).
@@ -155,6 +165,8 @@ async def templates(
 
 
 def _failure(reply: http.Reply, body: dict[str, Any] | None) -> Exception:
+    if body is None and reply.status >= 500:
+        return Temporary(f"HTTP {reply.status} from a machine on the way")
     if body is None or reply.status == 200:
         return Rejected(f"HTTP {reply.status} with an answer that is not a list of templates")
     error = body.get("error")

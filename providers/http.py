@@ -74,12 +74,16 @@ class Clients:
         finally:
             self._busy[n] -= 1
 
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.aclose()
 
-async def call(client: httpx.AsyncClient, request: httpx.Request) -> Reply:
+
+async def call(client: httpx.AsyncClient, request: httpx.Request, *, deadline: float = DEADLINE) -> Reply:
     """The answer, in time and in bounds. Raises `NoReply`, and nothing else that the network could cause."""
     has_left = False
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(deadline):
             # Until there is a connection nothing has left; httpx tells by the type of its errors.
             response = await client.send(request, stream=True)
             has_left = True

@@ -54,7 +54,10 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """What became of a message that we sent. `participant` is '' except in groups: one report per member there."""
+    """What became of a message that we sent. `participant` is '' except in groups: one report per member there.
+
+    `hold` is `auth` or `payment` when the error concerns the whole account: nothing else will be delivered either.
+    """
 
     path: str
     provider_id: str
@@ -64,6 +67,7 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     callback_data: str | None = None
     error_code: str | None = None
     error: str | None = None
+    hold: Literal["auth", "payment"] | None = None
     pricing: dict[str, Any] | None = None
     conversation: dict[str, Any] | None = None
 

@@ -17,6 +17,7 @@ import msgspec
 
 from pombal.errors import Rejected
 from providers.inbound import Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
+from providers.meta_errors import hold_for
 
 _OBJECT = "whatsapp_business_account"
 
@@ -403,6 +404,7 @@ def _status(path: str, element: dict[str, Any], received_at: datetime) -> Status
         callback_data=_text(element, "biz_opaque_callback_data", _MAX_CALLBACK_DATA),
         error_code=code,
         error=error,
+        hold=hold_for(code),
         pricing=_object(element, "pricing"),
         conversation=_object(element, "conversation"),
     )

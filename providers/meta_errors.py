@@ -5,7 +5,7 @@ The one place where codes are told apart. What is not listed goes by HTTP status
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from providers.outbound import Fault, Kind, Scope
 
@@ -39,7 +39,7 @@ RULES: dict[int, Rule] = {
     131064: Rule(Kind.THROTTLE, Scope.WABA, wait=3600),  # days
     **dict.fromkeys((613, 131208, 138013), Rule(Kind.THROTTLE, Scope.NUMBER, wait=60)),
     **dict.fromkeys((133008, 133009, 133016), Rule(Kind.THROTTLE, Scope.NUMBER, wait=300)),
-    132069: Rule(Kind.TRANSIENT, Scope.MESSAGE, _TRIES, wait=360),  # a throttled flow: ten an hour
+    132069: Rule(Kind.THROTTLE, Scope.MESSAGE, wait=360),  # a throttled flow: ten an hour
     # try again
     1: Rule(Kind.TRANSIENT, Scope.MESSAGE, 3),
     **dict.fromkeys((2, 131016, 133004), _TRANSIENT),
@@ -56,6 +56,12 @@ RULES: dict[int, Rule] = {
     **dict.fromkeys((134100, 137000), _PERMANENT),
 }
 
+# Of calls, blocks, usernames, templates and signup: not on the way of a send, so no reason to hold one (§13).
+_ELSEWHERE = (
+    range(138000, 138019), range(139000, 140000), range(147000, 148000), range(2388000, 2389000),
+    range(2494000, 2495000), range(2593107, 2593109),
+)  # fmt: skip
+
 # Meta could not fetch the link, or did not like the file: only the first may pass (§13).
 _LINK = Rule(Kind.TRANSIENT, Scope.MESSAGE, 3)
 
@@ -69,6 +75,10 @@ def fault(
     rule = RULES.get(code) if code is not None else None
     if code == 131053:
         rule = _LINK if has_link else _PERMANENT
+    if code == 100 and error.get("error_subcode") == 33 and error.get("type") == "GraphMethodException":
+        rule = _ACCESS  # the object of the URL, our number, is gone or not for this token: no message's fault
+    if rule is None and code is not None and any(code in codes for codes in _ELSEWHERE):
+        rule = _PERMANENT
     if rule is None:
         rule = _by_status(http_status, error.get("is_transient") is True)
     wait = max(rule.wait, _asked_for(headers)) if rule.kind in (Kind.THROTTLE, Kind.TRANSIENT) else 0.0
@@ -80,6 +90,14 @@ def fault(
         rule.tries,
         min(wait, _LONGEST_WAIT),
     )
+
+
+def hold_for(code: str | None) -> Literal["auth", "payment"] | None:
+    """Whether a code told after the send, by a status, asks for a hold of all sending."""
+    rule = RULES.get(number) if (number := _code(code)) is not None else None
+    if rule is None or rule.kind not in (Kind.AUTH, Kind.PAYMENT):
+        return None
+    return "auth" if rule.kind is Kind.AUTH else "payment"
 
 
 def _by_status(http_status: int, is_transient: bool) -> Rule:

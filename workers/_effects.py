@@ -6,7 +6,7 @@ of tables, so that two batches cannot deadlock (architecture.md, decision 2). No
 """
 
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from models import (
     Attempt,
     Conversation,
     Event,
+    Hold,
     Lane,
     Media,
     Message,
@@ -33,6 +34,7 @@ from pombal.ids import uuid7
 from providers import inbound
 
 _WINDOW = timedelta(hours=24)  # for free-form answers after a customer's message (whatsapp-cloud-api.md §10)
+_RECENT = timedelta(minutes=5)
 _MEDIA_LIFE = timedelta(days=7)  # of a media id (whatsapp-cloud-api.md §12)
 
 Source = TypeVar("Source")  # where an item came from; handed back beside what became of it
@@ -77,13 +79,17 @@ def apply_items(
     told.people.settle(s)
     new = Message.store(s, told.message_rows())
     StatusReport.fold(s, told.status_rows())
-    settled = settle_sends(s, told.callbacks)
+    reported = Attempt.reported(s, list(told.callbacks))
+    # All lanes that something moves in, at once and in their order, before any message is touched.
+    Lane.lock(s, sorted({row["channel_id"] for row in reported} | {channel for _, channel in told.holds}))
+    held = hold_lanes(s, told.holds)
+    settled = settle_sends(s, reported)
     risen = Message.catch_up(s, told.reported_keys())
     Conversation.touch(s, told.conversation_rows(new))
     Template.heard(s, told.template_rows())
     Media.expect(s, told.media_rows(new))
     notices = Seen.first_time(s, set(told.notices))
-    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled])
+    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled] + held)
     # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
@@ -95,18 +101,25 @@ def apply_items(
     return outcome, [one for one, _ in settled]
 
 
-def settle_sends(s: Session, callbacks: set[tuple[UUID, UUID, str, str]]) -> list[tuple[Settled, dict[str, Any]]]:
+def hold_lanes(s: Session, holds: dict[tuple[UUID, UUID], inbound.Status]) -> list[dict[str, Any]]:
+    """Statuses that failed for a reason of the whole account (payment, say) hold its sending; returns the events."""
+    events = []
+    for (tenant, channel), item in sorted(holds.items(), key=lambda one: one[0]):
+        hold = Hold(item.hold or Hold.AUTH)
+        if Lane.set_hold(s, channel, hold, code=item.error_code, reason=item.error or ""):
+            payload = {"hold": hold, "code": item.error_code}
+            events.append(Event.row("channel_held", tenant, channel, None, payload))
+    return events
+
+
+def settle_sends(s: Session, reported: list[RowMapping]) -> list[tuple[Settled, dict[str, Any]]]:
     """Statuses that carry the id of an attempt whose answer nobody has heard (yet) say that it was accepted.
 
-    Returns what was settled, each with its event. The lanes are locked first: their lines move.
+    Returns what was settled, each with its event. Needs the lanes' locks: their lines move.
     """
-    told = Attempt.reported(s, list(callbacks))
-    if not told:
-        return []
-    Lane.lock(s, sorted({row["channel_id"] for row in told}))
-    without = {row["message_id"] for row in told if row["outcome"] == Outcome.UNKNOWN}
+    without = {row["message_id"] for row in reported if row["outcome"] == Outcome.UNKNOWN}
     outcome = []
-    for row in Attempt.settle(s, told):
+    for row in Attempt.settle(s, reported):
         kind = "sent" if row["is_adopted"] else "sent_twice"
         settled = Settled(row["id"], row["channel_id"], row["id"] in without, not row["is_adopted"])
         outcome.append((settled, outgoing.event(row, kind)))
@@ -122,6 +135,7 @@ class Told:
         self.people = Meeting()
         self.notices: dict[tuple[UUID, bytes], tuple[UUID, inbound.Notice]] = {}
         self.callbacks: set[tuple[UUID, UUID, str, str]] = set()  # with the data that a send carried, by its status
+        self.holds: dict[tuple[UUID, UUID], inbound.Status] = {}
         self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
         self._statuses: dict[tuple[UUID, UUID, str, str], dict[str, Any]] = {}
         self._templates: dict[tuple[UUID, UUID, str, str], inbound.TemplateStatus] = {}
@@ -157,6 +171,9 @@ class Told:
         rank = StatusReport.rank_of(item.status)
         if row["status"] is None or rank > row["rank"]:
             row["status"], row["rank"] = item.status, rank
+        # An old one may come again, or late: what was wrong then may be mended by now.
+        if item.hold and item.status == "failed" and item.at > datetime.now(UTC) - _RECENT:
+            self.holds[(tenant, channel)] = item
         if item.callback_data:
             self.callbacks.add((tenant, channel, item.provider_id, item.callback_data))
         for column in REPORTED_AT.get(item.status, ()):

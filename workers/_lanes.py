@@ -28,11 +28,13 @@ from pombal.settings import settings
 from providers import connect, http
 from providers.outbound import Answer, Outcome, Outgoing, Sender
 from workers._line import Line, Plan, Work
+from workers._verdicts import STOPPED
 
 _log = log.get()
 T = TypeVar("T")
 
-_SLICE = 10.0  # seconds in a row that a lane may be sent from while others wait
+_SLICE = 10.0  # seconds in a row that a lane may be sent from beside others
+_ALONE = 60.0  # … and while this process has no other: then its settings are read again
 _LOOK = 0.5  # seconds between looks at the line while all that goes on is waiting for answers
 _GATHER = 0.02  # … that answers are gathered for, so that they share a commit
 _STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
@@ -121,6 +123,12 @@ class Lanes(Middleware):
         running = [run.task for run in self._runs.values()]
         if running:
             await asyncio.wait(running, timeout=_STOP_PATIENCE + 3)
+        if self._clients:
+            await self._clients.close()
+
+    @property
+    def is_alone(self) -> bool:
+        return len(self._runs) == 1
 
     def clients(self) -> http.Clients:
         if self._clients is None:
@@ -169,14 +177,14 @@ class Run:
         sender = self._sender(line.channel)
         began, stop_at = time.monotonic(), None
         while True:
-            is_over = time.monotonic() - began > _SLICE
+            is_over = time.monotonic() - began > (_ALONE if self._lanes.is_alone else _SLICE)
             if self._lanes.stopping:
                 is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
                 if time.monotonic() > stop_at:
                     self._give_up_waiting()
             plan = await self._turn(line, may_begin=not is_over)
             for work, slot in plan.begun:
-                task = asyncio.create_task(self._deliver(sender, work, slot, 1 / line.per_second))
+                task = asyncio.create_task(self._deliver(sender, work, slot, line.gap))
                 self._open[task] = work
                 task.add_done_callback(self._closed)
             if not self._open and not self._done and (is_over or not plan.goes_on):
@@ -220,7 +228,7 @@ class Run:
         if (wait := fire_at - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         if self._lanes.stopping:
-            self._done.append((work, Answer(Outcome.NOT_SENT, why="the process was told to stop")))
+            self._done.append((work, STOPPED))
             return
         began = time.monotonic()
         try:

@@ -41,11 +41,12 @@ T = TypeVar("T")
 
 _RERUNS = 5
 _RATE = 80.0  # messages a second of a number, unless its channel says otherwise (whatsapp-cloud-api.md §10)
-_MARGIN = 0.95  # … of it is used: the provider counts by its own clock
+_MARGIN, _CATCH_UP = 0.95, 0.975  # … of it is used, and after a stall: the provider counts by its own clock
 _FEWEST, _MOST = 8, 64  # calls at once: at the start, and at most (more for a number with a high rate)
 _OUTAGE = 5  # points (`_verdicts.misses`) after which only probes are sent
 _SLOWEST = 0.1  # share of the rate
-_RECOVERY = 10.0  # seconds without a throttle after which the pace rises again
+_RECOVERY, _RISE = 10.0, 1.25  # seconds without a throttle after which the share rises, and by how much
+_MOST_RISES = 20  # from the slowest to the whole
 _FREE_FORM_PASS = ("template", "read")  # what the 24-hour window does not concern
 _WINDOW_CLOSED = "more than 24 hours since the customer last wrote: only a template may be sent"
 
@@ -90,8 +91,7 @@ class Line:
         self._rate = float(config.get("messages_per_second", _RATE))
         self._settle = timedelta(seconds=float(config.get("settle_seconds", outgoing.SETTLE_WAIT.total_seconds())))
         self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
-        self._share: float = lane["pace"]
-        self._share_at = time.monotonic()
+        self._share = _share(lane)
         self._misses: int = lane["misses"]
         self._is_held = lane["hold"] is not None
         self._is_ours = True
@@ -100,8 +100,9 @@ class Line:
         self._candidates: list[RowMapping] = []
 
     @property
-    def per_second(self) -> float:
-        return self._rate
+    def gap(self) -> float:
+        """The fewest seconds between two calls, also when slots are made up for: below the limit even then."""
+        return 1 / (self._rate * _CATCH_UP)
 
     @classmethod
     def take(cls, channel_id: UUID, token: UUID, pace: Pace) -> "Line | None":
@@ -197,7 +198,6 @@ class Turn:
         self.stops = False
         self.is_more = False
         self.misses, self.share, self.window, self.is_held = line._misses, line._share, line._window, line._is_held
-        self.share_at = line._share_at
 
     def write(
         self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
@@ -209,6 +209,8 @@ class Turn:
         lane = Lane.renew(s, self._id, self._line._token)
         if lane is None:  # the lease ran out: the answers are facts all the same
             Lane.lock(s, [self._id])
+        else:
+            self.share = _share(lane)
         self._record(s, accepted)
         self._heed(s, lane)
         begun: list[tuple[Work, float]] = []
@@ -221,8 +223,8 @@ class Turn:
             most = max(int(self.window) - in_flight - len(begun), 4)
             candidates, self.is_more = outgoing.due(s, self._tenant, self._id, most)
         outgoing.wake(s, self._tenant, self.left)
-        if lane is not None and (self.misses, self.share) != (lane["misses"], lane["pace"]):
-            Lane.went(s, self._id, misses=self.misses, pace=self.share)
+        if lane is not None and self.misses != lane["misses"]:
+            Lane.missed(s, self._id, self.misses)
         Event.append(s, self.events)
         DeadLetter.record(s, self.letters)
         self._candidates = candidates
@@ -231,7 +233,7 @@ class Turn:
     def committed(self) -> None:
         """Say what the commit came to, and go on from its state."""
         line = self._line
-        line._misses, line._share, line._share_at = self.misses, self.share, self.share_at
+        line._misses, line._share = self.misses, self.share
         line._window, line._is_held, line._candidates = self.window, self.is_held, self._candidates
         for say in self.said:
             say()
@@ -251,7 +253,7 @@ class Turn:
             ],
         )  # fmt: skip
         for _, answer in self._done:
-            if answer.outcome is Outcome.ACCEPTED:
+            if answer.outcome is Outcome.ACCEPTED or answer is _verdicts.STOPPED:
                 continue
             kind = answer.fault.kind if answer.fault else answer.outcome
             self.said.append(metrics.provider_errors.labels(self._provider, kind).inc)
@@ -313,7 +315,10 @@ class Turn:
             args=[str(self._id)],
             tenant_id=self._tenant,
             message_id=row["id"],
-            error=verdict.error or "given up",
+            # A refusal's own text may name its recipient: that is for the tenant, in the message's row.
+            error=verdict.error or ""
+            if verdict.error_code == "no_answer"
+            else f"refused {row['tries']} times, at last with code {verdict.error_code}",
             cause=verdict.error_code,
             failures=row["attempts"],
         )
@@ -330,7 +335,8 @@ class Turn:
     def _heed(self, s: Session, lane: RowMapping | None) -> None:
         """Holds, pauses, the pace and the number of calls at once, as the answers demand."""
         is_tried = False
-        for work, answer in self._done:
+        told = [(work, answer) for work, answer in self._done if answer is not _verdicts.STOPPED]
+        for work, answer in told:
             points = _verdicts.misses(answer)
             if points:
                 # A message that fails again and again speaks for itself, and not for an outage.
@@ -341,23 +347,23 @@ class Turn:
                 self.misses = 0
                 self.window = min(self._line._most, self.window + 1)
             is_tried = is_tried or work.is_probe
-        probe = next((answer for work, answer in self._done if work.is_probe), None)
-        heeds = [heed for _, answer in self._done if (heed := _verdicts.heed(answer))]
+        probe = next((answer for work, answer in told if work.is_probe), None)
+        heeds = [heed for _, answer in told if (heed := _verdicts.heed(answer))]
         holds = [heed for heed in heeds if heed.hold]
+        # An operator's hold that came while a probe was under way is the operator's to end.
+        is_probed = probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR)
         if holds:
             self._hold(s, holds[0], is_probe=is_tried)
-        elif probe is not None and _verdicts.misses(probe) and lane is not None and lane["hold"]:
+        elif is_probed and lane is not None and probe is not None and _verdicts.misses(probe):
             held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
             self._hold(s, held, is_probe=True)
-        elif probe is not None and lane is not None and lane["hold"]:
+        elif is_probed:
             self._resume(s)
         elif self.misses >= _OUTAGE and lane is not None and not lane["hold"]:
             self._hold(s, Heed(Hold.OUTAGE, code="no_answer", reason="the provider does not answer"), is_probe=False)
         for heed in heeds:
             if heed.pause:
-                self._pause(s, heed)
-        if self.share < 1 and time.monotonic() - self.share_at > _RECOVERY:
-            self.share, self.share_at = min(1.0, self.share * 1.25), time.monotonic()
+                self._pause(s, heed, lane)
 
     def _hold(self, s: Session, heed: Heed, *, is_probe: bool) -> None:
         self.stops = self.is_held = True
@@ -378,12 +384,13 @@ class Turn:
         self.events.append(Event.row("channel_resumed", self._tenant, self._id, None, {}))
         self.said.append(lambda: _log.info("channel_resumed", channel_id=str(self._id)))
 
-    def _pause(self, s: Session, heed: Heed) -> None:
+    def _pause(self, s: Session, heed: Heed, lane: RowMapping | None) -> None:
         self.stops = True
-        if heed.is_too_fast and time.monotonic() - self.share_at > 1:  # once for all that were under way
-            self.share = max(_SLOWEST, self.share / 2)
-        self.share_at = time.monotonic()
-        Lane.pause(s, channel_id=self._id, code=heed.code, seconds=heed.pause)
+        calm = lane["calm"] if lane is not None else None
+        if heed.is_too_fast and (calm is None or calm > 0):
+            # Once for all that were under way when the first was refused, also within this turn.
+            self.share = max(_SLOWEST, (self._line._share if lane is None else _share(lane)) / 2)
+        Lane.pause(s, channel_id=self._id, code=heed.code, seconds=heed.pause, pace=self.share)
         if heed.scope in (Scope.WABA, Scope.APP):
             self.neighbours = heed
 
@@ -454,6 +461,12 @@ class Turn:
 
 
 _PUT_FIELDS = ("status", "delay", "tries", "throttles", "unknowns", "error_code", "error")
+
+
+def _share(lane: RowMapping) -> float:
+    """What a number may use of its rate: less since it was too fast, and more again the longer that is past."""
+    calm = max(0.0, lane["calm"] or 0.0)
+    return float(min(1.0, lane["pace"] * _RISE ** min(_MOST_RISES, int(calm / _RECOVERY))))
 
 
 def _ids(message: Work | RowMapping) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from models.outgoing import SETTLE_WAIT
 from providers.outbound import Answer, Fault, Kind, Outcome, Scope
 
 _LONGEST_BACKOFF = 300.0
-_LONGEST_PAIR_WAIT = 1024.0  # 4^5 seconds
+_MOST_STEPS = 5  # of a wait for a recipient's limit: 4^5 seconds
 _NO_CONNECTION_WAIT = 2.0
 ONCE_MORE, ASK = "once_more", "ask"  # what to do when nobody told what became of a send
+STOPPED = Answer(Outcome.NOT_SENT, why="the process was told to stop")  # says nothing of the provider
 DOUBLES_ALLOWED = 1  # extra attempts, each of which may reach the recipient a second time
 
 
@@ -45,6 +46,8 @@ class Heed(NamedTuple):
 
 def verdict(answer: Answer, *, type_: str, tries: int, throttles: int, settle: timedelta = SETTLE_WAIT) -> Verdict:
     """What becomes of a message whose attempt was not accepted. `tries` and `throttles` are those before."""
+    if answer is STOPPED:
+        return Verdict(MessageStatus.QUEUED, 0)
     if answer.outcome is Outcome.NOT_SENT:
         return Verdict(MessageStatus.QUEUED, _spread(_NO_CONNECTION_WAIT), error_code="unreachable", error=answer.why)
     if answer.outcome is Outcome.UNKNOWN:
@@ -56,8 +59,8 @@ def verdict(answer: Answer, *, type_: str, tries: int, throttles: int, settle: t
     fault = answer.fault or Fault(Kind.PERMANENT, Scope.MESSAGE, "refused", "refused without a reason")
     if fault.kind is Kind.TRANSIENT:
         return _transient(fault, tries)
-    if fault.kind is Kind.THROTTLE and fault.scope is Scope.PAIR:
-        wait = max(min(4.0**throttles, _LONGEST_PAIR_WAIT), fault.wait)
+    if fault.kind is Kind.THROTTLE and fault.scope in (Scope.PAIR, Scope.MESSAGE):
+        wait = max(4.0 ** min(throttles, _MOST_STEPS), fault.wait)
         return Verdict(MessageStatus.QUEUED, wait, throttles=1, error_code=fault.code, error=fault.text)
     if fault.kind in (Kind.THROTTLE, Kind.AUTH, Kind.PAYMENT):  # not this message's doing: it keeps its place
         return Verdict(MessageStatus.QUEUED, 0, error_code=fault.code, error=fault.text)

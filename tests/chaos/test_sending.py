@@ -1,0 +1,63 @@
+"""A campaign through a fleet that is being hurt: each message is sent once, or twice where an answer was hidden."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pombal.supervisor import LINUX
+from sandbox import client
+from tests.chaos.campaign import Campaign
+from tests.chaos.fleet import Fleet, until
+
+pytestmark = pytest.mark.skipif(not LINUX, reason="processes are found through /proc")
+
+FAULTS: tuple[dict[str, Any], ...] = (
+    {"kind": "code", "code": 131000, "share": 0.02},
+    {"kind": "code", "code": 131016, "share": 0.01},
+    {"kind": "code", "code": 130429, "share": 0.002},
+    {"kind": "reset_before", "share": 0.01},
+    {"kind": "reset_after", "share": 0.02},
+    {"kind": "html", "share": 0.01},
+    {"kind": "html_after", "share": 0.01},
+    {"kind": "garbage_after", "share": 0.01},
+    {"kind": "empty", "share": 0.01},
+)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    data = tmp_path_factory.mktemp("chaos") / "senders"
+    with Fleet(data, PROMETHEUS_MULTIPROC_DIR=str(data.with_name("metrics"))) as fleet:
+        yield fleet.start()
+
+
+def test_a_campaign_is_sent_once_while_its_workers_are_killed(fleet: Fleet) -> None:
+    campaign = Campaign(fleet, tenants=4, channels=20, settle_seconds=4)
+    for n, fault in enumerate(FAULTS):
+        client.faults(campaign.sandbox, seed=n, **fault)
+    client.faults(campaign.sandbox, kind="latency", ms=100)
+    killed = 0
+
+    with campaign.asking(1_000, recipients=10):
+        while killed < 5:
+            wanted = calls(campaign) + 100
+            until(lambda wanted=wanted: calls(campaign) >= wanted, "more was sent", 120)  # type: ignore[misc] # bound now
+            fleet.kill("worker")
+            killed += 1
+    assert eventually(campaign.is_over, 200), campaign.story()
+
+    counted = campaign.everything_counts()
+    assert counted["hidden"] > 0
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether it comes true, looked at twice a second."""
+    with contextlib.suppress(AssertionError):
+        until(condition, "", seconds, pause=0.5)
+    return condition()
+
+
+def calls(campaign: Campaign) -> int:
+    return int(client.summary(campaign.sandbox)["calls"])
