@@ -30,7 +30,7 @@ from tests.chaos.campaign import Campaign
 from tests.chaos.fleet import Fleet, until
 from tests.chaos.test_sending import FAULTS
 
-KILL_EVERY = 8.0  # seconds
+KILL_EVERY = 20.0  # seconds
 
 
 def main() -> int:
@@ -59,12 +59,11 @@ def kills(fleet: Fleet, count: int) -> None:
     client.faults(campaign.sandbox, kind="latency", ms=200)
     began, killed, last = time.monotonic(), 0, time.monotonic()
     with campaign.asking(count, recipients=25):
-        while len(campaign.asked) < count:
+        while client.summary(campaign.sandbox)["calls"] < 0.9 * count:
             time.sleep(0.2)
             if time.monotonic() - last > KILL_EVERY:
                 fleet.kill("worker")
                 killed, last = killed + 1, time.monotonic()
-    asked = time.monotonic() - began
     end = time.monotonic() + 900
     while not campaign.is_over():
         if time.monotonic() > end:
@@ -72,7 +71,7 @@ def kills(fleet: Fleet, count: int) -> None:
         time.sleep(1)
     counted = campaign.everything_counts()
     say(
-        f"kills: {count} messages asked for in {asked:.0f} s, all sent after {time.monotonic() - began:.0f} s, ", end=""
+        f"kills: {count} messages over 20 numbers, all sent after {time.monotonic() - began:.0f} s, ", end=""
     )
     say(f"{killed} workers killed; {counted}, {len(campaign.asked_about())} left to an operator")
 

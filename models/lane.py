@@ -24,7 +24,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from models.base import Base, given_rows, rows
 from models.message import IN_LINE
 
-LEASE = timedelta(seconds=15)
+LEASE = timedelta(seconds=10)
 _RING_AGAIN = timedelta(seconds=5)
 FIRST_PROBE, LONGEST_PROBE = timedelta(seconds=30), timedelta(minutes=5)
 _LATELY = timedelta(minutes=3)  # an attempt that ended within the last minute began no earlier
@@ -282,7 +282,8 @@ _HOLD = text("""
 
 _RESUME = text("""
     UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, held_at = NULL, probes = 0, next_probe_at = NULL,
-        misses = 0, paused_until = least(paused_until, now()), pause_code = NULL, next_ring_at = NULL
+        misses = 0, paused_until = CASE WHEN paused_until > now() THEN now() ELSE paused_until END, pause_code = NULL,
+        next_ring_at = NULL
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -50,6 +51,38 @@ def test_a_campaign_is_sent_once_while_its_workers_are_killed(fleet: Fleet) -> N
 
     counted = campaign.everything_counts()
     assert counted["hidden"] > 0
+
+
+def test_a_wiped_redis_doubles_nothing_and_holds_nothing_up(fleet: Fleet) -> None:
+    campaign = Campaign(fleet, tenants=2, channels=4)
+    client.clear_faults(campaign.sandbox)
+    client.faults(campaign.sandbox, kind="latency", ms=50)
+
+    with campaign.asking(400, recipients=20):
+        for share in (50, 150, 250):
+            until(lambda share=share: calls(campaign) >= share, "more was sent", 120)  # type: ignore[misc] # bound now
+            fleet.redis().flushall()
+    assert eventually(campaign.is_over, 120), campaign.story()
+
+    counted = campaign.everything_counts()
+    assert (counted["accepted"], counted["doubled"], counted["calls"]) == (400, 0, 400)
+
+
+def test_a_message_that_was_scheduled_leaves_at_its_time_also_after_a_restart(fleet: Fleet) -> None:
+    campaign = Campaign(fleet, tenants=1, channels=1)
+    due = datetime.now(UTC) + timedelta(seconds=12)
+    with campaign.connected():
+        campaign.ask(campaign.ways[0], "+5511944440001", "later", not_before=due.isoformat())
+        campaign.ask(campaign.ways[0], "+5511944440001", "now")
+    until(lambda: calls(campaign) == 1, "the other one has left")
+
+    fleet.stop()
+    fleet.start()
+    until(lambda: calls(campaign) == 1, "it has left", 60)  # the journal is new as well
+
+    (call,) = client.calls(campaign.sandbox)["calls"]
+    assert call["text"] == "later"
+    assert call["at"] >= due.timestamp()
 
 
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:
