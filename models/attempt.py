@@ -56,17 +56,25 @@ class Attempt(Tenanted, Base):
         return list(s.scalars(query))
 
     @staticmethod
-    def begin(s: Session, tenant_id: UUID, channel_id: UUID, given: list[dict[str, Any]]) -> dict[UUID, UUID]:
+    def begin(
+        s: Session, tenant_id: UUID, channel_id: UUID, given: list[dict[str, Any]]
+    ) -> dict[UUID, tuple[UUID, bool]]:
         """Mark queued messages as sending, each by a new attempt (`message_id`, `attempt_id`).
 
-        Returns the attempts that may be made, by message: one that was cancelled meanwhile is not among them. Needs the
-        lane's lock.
+        Returns the attempts that may be made, by message, each with whether it is news: one that was cancelled
+        meanwhile is not among them, one that an earlier try of the same commit has begun is, since its success was not
+        heard. Needs the lane's lock.
         """
         if not given:
             return {}
-        ids = {"ids": [row["message_id"] for row in given], "tenant_id": tenant_id, "channel_id": channel_id}
+        ids = {
+            "ids": [row["message_id"] for row in given],
+            "attempts": [row["attempt_id"] for row in given],
+            "tenant_id": tenant_id,
+            "channel_id": channel_id,
+        }
         begun = s.execute(_BEGIN, given_rows(given) | ids)
-        return {row.message_id: row.id for row in begun}
+        return {row.message_id: (row.id, row.is_new) for row in begun}
 
     @staticmethod
     def end(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> set[UUID]:
@@ -136,10 +144,15 @@ _BEGIN = text(f"""
         WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.message_id
             AND m.status = 'queued' AND m.due_at <= now()
         RETURNING m.id, m.attempts, m.attempt_id
+    ), made AS (
+        INSERT INTO attempt (tenant_id, id, message_id, channel_id, number, started_at)
+        SELECT :tenant_id, attempt_id, id, :channel_id, attempts, clock_timestamp() FROM begun
+        RETURNING id, message_id
     )
-    INSERT INTO attempt (tenant_id, id, message_id, channel_id, number, started_at)
-    SELECT :tenant_id, attempt_id, id, :channel_id, attempts, clock_timestamp() FROM begun
-    RETURNING id, message_id
+    SELECT id, message_id, true AS is_new FROM made
+    UNION ALL
+    SELECT id, message_id, false FROM attempt
+    WHERE tenant_id = :tenant_id AND id = ANY(:attempts) AND outcome = 'sending'
 """)
 
 _END = text(f"""

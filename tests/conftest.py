@@ -1,4 +1,4 @@
-"""One PostgreSQL and one Valkey for the whole run, migrated as in production; a fresh tenant for each test.
+"""One PostgreSQL and one Valkey for each process of the run, migrated as in production; a fresh tenant for each test.
 
 The addresses are put into the environment before any test module is imported: the broker is made at import.
 """
@@ -17,6 +17,8 @@ _running = ExitStack()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the servers and migrate. Nothing of the fleet may be imported before."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the one that hands the tests out runs none itself
     from pombal.local import ensure_roles_and_database, start_postgres, start_valkey
     from pombal.secrets import new_fernet_key
     from pombal.settings import settings
@@ -45,9 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    from pombal import db
+    if "POMBAL_TEST_SUPERUSER_URL" in os.environ:
+        from pombal import db
 
-    db.engine().dispose()
+        db.engine().dispose()
     _running.close()
 
 

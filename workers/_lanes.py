@@ -62,6 +62,9 @@ class Lanes(Middleware):
     def before_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         self.stop()
 
+    def after_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
+        self.has_worker = self.stopping = False  # the process may go on without one, or have another
+
     def wake(self, channel_id: UUID) -> "Future[None]":
         """Send from this lane until its slice is over or nothing is due, here or wherever somebody has it.
 
@@ -125,6 +128,7 @@ class Lanes(Middleware):
             await asyncio.wait(running, timeout=_STOP_PATIENCE + 3)
         if self._clients:
             await self._clients.close()
+            self._clients = None
 
     @property
     def is_alone(self) -> bool:
@@ -198,7 +202,7 @@ class Run:
         done, self._done = self._done, []
         give_up_at = time.monotonic() + _STORE_PATIENCE
         while True:
-            turn = functools.partial(line.turn, done, in_flight=len(self._open), may_begin=may_begin)
+            turn = functools.partial(line.turn, done, under_way=list(self._open.values()), may_begin=may_begin)
             try:
                 return await self._lanes.in_thread(turn)
             except Exception as error:

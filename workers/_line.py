@@ -6,7 +6,7 @@ call to a provider happens in one.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
@@ -42,7 +42,7 @@ T = TypeVar("T")
 _RERUNS = 5
 _RATE = 80.0  # messages a second of a number, unless its channel says otherwise (whatsapp-cloud-api.md §10)
 _MARGIN, _CATCH_UP = 0.95, 0.975  # … of it is used, and after a stall: the provider counts by its own clock
-_FEWEST, _MOST = 8, 64  # calls at once: at the start, and at most (more for a number with a high rate)
+_FEWEST, _MOST = 2, 64  # calls at once: at the start, and at most (more for a number with a high rate)
 _OUTAGE = 5  # points (`_verdicts.misses`) after which only probes are sent
 _SLOWEST = 0.1  # share of the rate
 _RECOVERY, _RISE = 10.0, 1.25  # seconds without a throttle after which the share rises, and by how much
@@ -93,11 +93,10 @@ class Line:
         self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
         self._share = _share(lane)
         self._misses: int = lane["misses"]
-        self._is_held = lane["hold"] is not None
-        self._is_ours = True
         self._most = max(float(_MOST), self._rate / 2)
-        self._window = 1.0 if self._is_held or self._misses else float(_FEWEST)
+        self._window = 1.0 if lane["hold"] or self._misses else float(_FEWEST)
         self._candidates: list[RowMapping] = []
+        self._attempts: dict[UUID, UUID] = {}  # message → its next attempt, the same until a commit has begun it
 
     @property
     def gap(self) -> float:
@@ -131,17 +130,20 @@ class Line:
 
         return _in_one_commit([self._tenant], release)
 
-    def turn(self, done: list[tuple[Work, Answer]], *, in_flight: int, may_begin: bool) -> Plan:
+    def turn(self, done: list[tuple[Work, Answer]], *, under_way: Collection[Work], may_begin: bool) -> Plan:
         """Write the answers down, begin what may go, and pick the next candidates: one commit.
 
         It may be called again with the same answers after an error of the database.
         """
         asked = time.monotonic()
-        grants = self._grants(in_flight) if may_begin else []
+        in_flight = len(under_way)
+        # A status may tell of a message before the answer of its call does: the next one waits for that all the same.
+        busy = {work.conversation_id for work in under_way}
+        grants = self._grants(in_flight, busy) if may_begin else []
         turn = Turn(self, done)
         lane, begun = _in_one_commit([self._tenant], lambda s: turn.write(s, grants, in_flight, may_begin))
-        self._is_ours = lane is not None
         turn.committed()
+        self._attempts.clear()
         if lane is not None and turn.neighbours:
             self._pause_neighbours(lane, turn.neighbours)
         slots = [(work, asked + wait) for work, wait in begun]
@@ -149,14 +151,16 @@ class Line:
             # All that was looked at is behind others; there may be more of another kind after them.
             return Plan(slots, 0.0 if turn.is_more else None, goes_on=turn.is_more)
         room = self._window - in_flight - len(begun)
+        if all(row["conversation_id"] in busy for row in self._candidates):
+            room = 0
         full = [grant.wait for _, grant in grants if grant.full == "number"]
         wait = None if room < 1 else max(min(full), 0.005) if full else 0.0
         return Plan(slots, wait, goes_on=True)
 
-    def _grants(self, in_flight: int) -> list[tuple[RowMapping, Grant]]:
+    def _grants(self, in_flight: int, busy: set[UUID]) -> list[tuple[RowMapping, Grant]]:
         """The candidates that there is room for, each with the leave of its number and its recipient."""
         room = max(0, int(self._window) - in_flight)
-        chosen = self._candidates[:room]
+        chosen = [row for row in self._candidates if row["conversation_id"] not in busy][:room]
         # A receipt is no message to somebody: the limit of its recipient does not count it.
         whom = [str(row["id"] if row["type"] == "read" else row["conversation_id"]) for row in chosen]
         number = str(self._lane["app_id"] or "") + ":" + str(self.channel.config.get("phone_number_id", self._id))
@@ -197,7 +201,7 @@ class Turn:
         self.neighbours: Heed | None = None
         self.stops = False
         self.is_more = False
-        self.misses, self.share, self.window, self.is_held = line._misses, line._share, line._window, line._is_held
+        self.misses, self.share, self.window = line._misses, line._share, line._window
 
     def write(
         self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
@@ -217,7 +221,9 @@ class Turn:
         candidates: list[RowMapping] = []
         if lane is not None and may_begin and lane["may_send"] and not self.stops:
             begun = self._begin(s, grants, is_probe=lane["hold"] is not None)
-            self._decide_overdue(s)
+            if lane["hold"] is None or not (begun or in_flight):
+                # In an outage others are the probes: a second silence would be the end of these.
+                self._decide_overdue(s)
             outgoing.wake(s, self._tenant, self.left)
             self.left.clear()
             most = max(int(self.window) - in_flight - len(begun), 4)
@@ -234,7 +240,7 @@ class Turn:
         """Say what the commit came to, and go on from its state."""
         line = self._line
         line._misses, line._share = self.misses, self.share
-        line._window, line._is_held, line._candidates = self.window, self.is_held, self._candidates
+        line._window, line._candidates = self.window, self._candidates
         for say in self.said:
             say()
 
@@ -366,7 +372,7 @@ class Turn:
                 self._pause(s, heed, lane)
 
     def _hold(self, s: Session, heed: Heed, *, is_probe: bool) -> None:
-        self.stops = self.is_held = True
+        self.stops = True
         hold = heed.hold or Hold.OUTAGE
         if Lane.set_hold(s, self._id, hold, code=heed.code, reason=heed.reason, is_probe=is_probe):
             payload = {"hold": hold, "code": heed.code}
@@ -379,7 +385,7 @@ class Turn:
             self.said.append(say)
 
     def _resume(self, s: Session) -> None:
-        self.is_held, self.misses = False, 0
+        self.misses = 0
         Lane.resume(s, self._id)
         self.events.append(Event.row("channel_resumed", self._tenant, self._id, None, {}))
         self.said.append(lambda: _log.info("channel_resumed", channel_id=str(self._id)))
@@ -401,13 +407,16 @@ class Turn:
         free = [(row, grant.wait) for row, grant in grants if not grant.full]
         refused: list[tuple[Work | RowMapping, Verdict]] = []
         bodies = self._bodies(s, [row for row, _ in free], refused)
-        attempts = [{"message_id": id_, "attempt_id": uuid7()} for id_ in bodies]
+        attempts = [{"message_id": id_, "attempt_id": self._line._attempts.setdefault(id_, uuid7())} for id_ in bodies]
         begun = Attempt.begin(s, self._tenant, self._id, attempts)
         self._put(s, refused)
         works = []
         for row, wait in free:
-            if row["id"] in begun:
-                works.append((self._work(row, begun[row["id"]], bodies[row["id"]], is_probe=is_probe), wait))
+            if row["id"] not in begun:
+                continue
+            attempt_id, is_new = begun[row["id"]]
+            works.append((self._work(row, attempt_id, bodies[row["id"]], is_probe=is_probe), wait))
+            if is_new:
                 self.events.append(outgoing.event(row, MessageStatus.SENDING, attempt=row["attempts"] + 1))
         return works
 

@@ -145,14 +145,15 @@ class Campaign:
         """Where it stands, for a test that waits in vain."""
         waiting = self.fleet.rows(
             """
-            SELECT status, due_at - now(), attempts, tries, unknowns, error_code, c.name FROM message AS m
+            SELECT m.id, status, due_at - now(), attempts, tries, unknowns, error_code, c.name FROM message AS m
             JOIN channel AS c ON c.id = m.channel_id
             WHERE m.id = ANY(%s::uuid[]) AND m.status IN ('queued', 'sending', 'unknown', 'failed') LIMIT 10
             """,
             list(self.asked.values()),
         )
         lanes = self.fleet.rows("SELECT * FROM lane WHERE next_due_at IS NOT NULL OR token IS NOT NULL LIMIT 5")
-        return f"{self.states()}\n{waiting}\n{lanes}"
+        letters = self.fleet.rows("SELECT message_id, state, error, count, created_at, last_at FROM dead_letter")
+        return f"{self.states()}\n{waiting}\n{lanes}\n{letters}"
 
     def everything_counts(self) -> dict[str, int]:
         """The provider's journal against our rows: each message once, but for answers that were hidden; in order."""

@@ -43,7 +43,7 @@ def test_the_text_of_a_key_is_nowhere_in_its_row() -> None:
     assert key.scopes == list(SCOPES)
 
 
-@pytest.mark.parametrize("text", ["", "pombal_", "pombal_xyz", f"other_{uuid4().hex}_x", "pombal_" + "0" * 300])
+@pytest.mark.parametrize("text", ["", "pombal_", "pombal_xyz", "other_0192a3b4c5d67e8f_x", "pombal_" + "0" * 300])
 def test_what_is_not_shaped_like_a_key_names_no_tenant(text: str) -> None:
     assert ApiKey.tenant_named_in(text) is None
 

@@ -520,7 +520,9 @@ def test_a_message_that_was_given_up_is_sent_again(terminal: Terminal, meta: Met
     assert rung() == [str(meta.shop.channel.id)]
     send(meta.shop)
     assert meta.accepted() == ["one"]
-    assert factories.rows(meta.shop, "SELECT state FROM dead_letter") == [{"state": "retried"}]
+    assert factories.rows(meta.shop, "SELECT state FROM dead_letter WHERE message_id IS NOT NULL") == [
+        {"state": "retried"}
+    ]
 
 
 def test_a_message_that_was_settled_meanwhile_is_not_sent_again(terminal: Terminal, meta: Meta) -> None:
@@ -533,7 +535,9 @@ def test_a_message_that_was_settled_meanwhile_is_not_sent_again(terminal: Termin
     assert said == "1 retried, 1 of them had been settled meanwhile\n"
     send(meta.shop)
     assert len(meta.calls()) == 1
-    assert factories.rows(meta.shop, "SELECT state FROM dead_letter") == [{"state": "retried"}]
+    assert factories.rows(meta.shop, "SELECT state FROM dead_letter WHERE message_id IS NOT NULL") == [
+        {"state": "retried"}
+    ]
 
 
 def test_a_dropped_message_stays_what_it_is(terminal: Terminal, meta: Meta) -> None:
@@ -543,7 +547,9 @@ def test_a_dropped_message_stays_what_it_is(terminal: Terminal, meta: Meta) -> N
 
     assert message(meta.shop, row["message_id"])["status"] == "unknown"
     assert rung() == []
-    assert factories.rows(meta.shop, "SELECT state FROM dead_letter") == [{"state": "dropped"}]
+    assert factories.rows(meta.shop, "SELECT state FROM dead_letter WHERE message_id IS NOT NULL") == [
+        {"state": "dropped"}
+    ]
 
 
 def test_letters_of_messages_and_of_jobs_are_retried_together(terminal: Terminal, meta: Meta) -> None:
