@@ -70,9 +70,7 @@ def kills(fleet: Fleet, count: int) -> None:
             raise Failed(campaign.story())
         time.sleep(1)
     counted = campaign.everything_counts()
-    say(
-        f"kills: {count} messages over 20 numbers, all sent after {time.monotonic() - began:.0f} s, ", end=""
-    )
+    say(f"kills: {count} messages over 20 numbers, all sent after {time.monotonic() - began:.0f} s, ", end="")
     say(f"{killed} workers killed; {counted}, {len(campaign.asked_about())} left to an operator")
 
 
