@@ -31,6 +31,7 @@ class Attempt(Tenanted, Base):
         # Not led by the tenant: the planner, as long as it has no statistics, would look ids up in them by it alone.
         UniqueConstraint("message_id", "number", "tenant_id"),
         Index("ix_attempt_provider_id", "provider_id", "tenant_id"),
+        Index("ix_attempt_sending", "channel_id", postgresql_where=text("outcome = 'sending'")),
     )
 
     id: Mapped[UUID] = id_column()
@@ -182,10 +183,10 @@ _ABANDONED = text("""
     WITH left_over AS (
         UPDATE message SET status = 'unknown', due_at = now() + :wait, unknowns = unknowns + 1
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND status = 'sending'
-        RETURNING tenant_id, id, channel_id, attempt_id
+        RETURNING tenant_id, id, channel_id
     ), ended AS (
-        UPDATE attempt AS a SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
-        FROM left_over WHERE a.tenant_id = :tenant_id AND a.id = left_over.attempt_id AND a.outcome = 'sending'
+        UPDATE attempt SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND outcome = 'sending'
     )
     SELECT tenant_id, id, channel_id FROM left_over
 """)

@@ -9,7 +9,8 @@ the conversation's: a holder that looks for what is due either sees the message 
 sweep finds the lane of a holder that died. A lane may be *paused* for a while (a limit of the number, its account or
 its app) or *held* until a probe gets through (bad token, payment, an outage) or an operator lets it go on.
 
-Read across tenants by the sweep, so without a tenant policy; it holds ids and codes alone, and is never served raw.
+Read across tenants by the sweep, so without a tenant policy; it holds ids, codes, and the provider's words about its
+own account (`hold_reason`), and is never served raw.
 """
 
 import time

@@ -43,6 +43,7 @@ _RERUNS = 5
 _RATE = 80.0  # messages a second of a number, unless its channel says otherwise (whatsapp-cloud-api.md §10)
 _MARGIN, _CATCH_UP = 0.95, 0.975  # … of it is used, and after a stall: the provider counts by its own clock
 _FEWEST, _MOST = 2, 64  # calls at once: at the start, and at most (more for a number with a high rate)
+_SHALLOWEST, _DEEPEST = 4, 2_000  # messages looked at in one turn, beside those that there is room for
 _OUTAGE = 5  # points (`_verdicts.misses`) after which only probes are sent
 _SLOWEST = 0.1  # share of the rate
 _RECOVERY, _RISE = 10.0, 1.25  # seconds without a throttle after which the share rises, and by how much
@@ -95,6 +96,7 @@ class Line:
         self._misses: int = lane["misses"]
         self._most = max(float(_MOST), self._rate / 2)
         self._window = 1.0 if lane["hold"] or self._misses else float(_FEWEST)
+        self._depth = _SHALLOWEST
         self._candidates: list[RowMapping] = []
         self._attempts: dict[UUID, UUID] = {}  # message → its next attempt, the same until a commit has begun it
 
@@ -201,7 +203,7 @@ class Turn:
         self.neighbours: Heed | None = None
         self.stops = False
         self.is_more = False
-        self.misses, self.share, self.window = line._misses, line._share, line._window
+        self.misses, self.share, self.window, self.depth = line._misses, line._share, line._window, line._depth
 
     def write(
         self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
@@ -226,8 +228,10 @@ class Turn:
                 self._decide_overdue(s)
             outgoing.wake(s, self._tenant, self.left)
             self.left.clear()
-            most = max(int(self.window) - in_flight - len(begun), 4)
+            most = max(int(self.window) - in_flight - len(begun), self.depth)
             candidates, self.is_more = outgoing.due(s, self._tenant, self._id, most)
+            # Many in a row to one recipient are set behind their first in ever larger steps.
+            self.depth = min(_DEEPEST, most * 4) if self.is_more and not candidates else _SHALLOWEST
         outgoing.wake(s, self._tenant, self.left)
         if lane is not None and self.misses != lane["misses"]:
             Lane.missed(s, self._id, self.misses)
@@ -240,7 +244,7 @@ class Turn:
         """Say what the commit came to, and go on from its state."""
         line = self._line
         line._misses, line._share = self.misses, self.share
-        line._window, line._candidates = self.window, self._candidates
+        line._window, line._depth, line._candidates = self.window, self.depth, self._candidates
         for say in self.said:
             say()
 
@@ -253,7 +257,7 @@ class Turn:
             s,
             [
                 (work, _verdicts.verdict(answer, type_=work.type, tries=work.tries, throttles=work.throttles,
-                                         settle=self._line._settle))
+                                         settle=self._line._settle, is_probe=work.is_probe))
                 for work, answer in self._done
                 if answer.outcome is not Outcome.ACCEPTED and work.attempt_id in news
             ],

@@ -44,7 +44,15 @@ class Heed(NamedTuple):
     reason: str = ""
 
 
-def verdict(answer: Answer, *, type_: str, tries: int, throttles: int, settle: timedelta = SETTLE_WAIT) -> Verdict:
+def verdict(
+    answer: Answer,
+    *,
+    type_: str,
+    tries: int,
+    throttles: int,
+    settle: timedelta = SETTLE_WAIT,
+    is_probe: bool = False,
+) -> Verdict:
     """What becomes of a message whose attempt was not accepted. `tries` and `throttles` are those before."""
     if answer is STOPPED:
         return Verdict(MessageStatus.QUEUED, 0)
@@ -62,8 +70,11 @@ def verdict(answer: Answer, *, type_: str, tries: int, throttles: int, settle: t
     if fault.kind is Kind.THROTTLE and fault.scope in (Scope.PAIR, Scope.MESSAGE):
         wait = max(4.0 ** min(throttles, _MOST_STEPS), fault.wait)
         return Verdict(MessageStatus.QUEUED, wait, throttles=1, error_code=fault.code, error=fault.text)
-    if fault.kind in (Kind.THROTTLE, Kind.AUTH, Kind.PAYMENT):  # not this message's doing: it keeps its place
-        return Verdict(MessageStatus.QUEUED, 0, error_code=fault.code, error=fault.text)
+    if fault.kind in (Kind.THROTTLE, Kind.AUTH, Kind.PAYMENT):
+        # Not this message's doing: it keeps its place. But perhaps it is (a permission for its type, say): a probe goes
+        # to the end, so that another one is the next probe.
+        delay = 1.0 if is_probe and fault.kind is not Kind.THROTTLE else 0
+        return Verdict(MessageStatus.QUEUED, delay, error_code=fault.code, error=fault.text)
     return Verdict(MessageStatus.FAILED, error_code=fault.code, error=fault.text)
 
 

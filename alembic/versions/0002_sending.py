@@ -82,6 +82,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("message_id", "number", "tenant_id", name=op.f("uq_attempt_message_id_number_tenant_id")),
     )
     op.create_index("ix_attempt_provider_id", "attempt", ["provider_id", "tenant_id"])
+    op.create_index("ix_attempt_sending", "attempt", ["channel_id"], postgresql_where=sa.text("outcome = 'sending'"))
     op.create_table(
         "lane",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
