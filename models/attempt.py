@@ -96,6 +96,12 @@ class Attempt(Tenanted, Base):
         return list(s.execute(_ABANDONED, given).mappings())
 
     @staticmethod
+    def never_left(s: Session, tenant_id: UUID, ids: list[UUID]) -> None:
+        """A commit has begun these, its success was not heard, and nobody will make them: back into the line."""
+        if ids:
+            s.execute(_NEVER_LEFT, {"tenant_id": tenant_id, "ids": ids})
+
+    @staticmethod
     def reported(s: Session, given: list[tuple[UUID, UUID, str, str]]) -> list[RowMapping]:
         """The attempts that statuses tell something new of: `(tenant, channel, provider id, callback data)` each.
 
@@ -181,14 +187,27 @@ _END = text(f"""
 
 _ABANDONED = text("""
     WITH left_over AS (
-        UPDATE message SET status = 'unknown', due_at = now() + :wait, unknowns = unknowns + 1
+        -- A receipt does no harm twice, and no status would ever tell of it.
+        UPDATE message SET status = CASE type WHEN 'read' THEN 'queued' ELSE 'unknown' END,
+            due_at = CASE type WHEN 'read' THEN turn_at ELSE now() + :wait END,
+            unknowns = unknowns + (type <> 'read')::int
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND status = 'sending'
-        RETURNING tenant_id, id, channel_id
+        RETURNING tenant_id, id, channel_id, status
     ), ended AS (
         UPDATE attempt SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND outcome = 'sending'
     )
-    SELECT tenant_id, id, channel_id FROM left_over
+    SELECT tenant_id, id, channel_id, status FROM left_over
+""")
+
+_NEVER_LEFT = text("""
+    WITH ended AS (
+        UPDATE attempt SET outcome = 'not_sent', ended_at = now()
+        WHERE tenant_id = :tenant_id AND id = ANY(:ids) AND outcome = 'sending' RETURNING id
+    )
+    UPDATE message SET status = 'queued', due_at = turn_at
+    WHERE tenant_id = :tenant_id AND attempt_id IN (SELECT id FROM ended) AND status = 'sending'
+        AND id IN (SELECT message_id FROM attempt WHERE tenant_id = :tenant_id AND id = ANY(:ids))
 """)
 
 _REPORTED = text(f"""

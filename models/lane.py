@@ -75,6 +75,8 @@ class Lane(Base):
     hold: Mapped[str | None]
     hold_code: Mapped[str | None]
     hold_reason: Mapped[str | None]
+    # Told by a status, after acceptance: then it takes two accepted probes, and no such status in between.
+    is_hold_of_status: Mapped[bool] = mapped_column(server_default=text("false"))
     held_at: Mapped[datetime | None]
     probes: Mapped[int] = mapped_column(server_default=text("0"))
     next_probe_at: Mapped[datetime | None]
@@ -129,11 +131,19 @@ class Lane(Base):
 
     @staticmethod
     def set_hold(
-        s: Session, channel_id: UUID, hold: Hold, *, code: str | None, reason: str, is_probe: bool = False
+        s: Session,
+        channel_id: UUID,
+        hold: Hold,
+        *,
+        code: str | None,
+        reason: str,
+        is_probe: bool = False,
+        is_of_status: bool = False,
     ) -> bool:
         """Hold the lane, or note that a probe was in vain: the next one waits twice as long. True when it is news."""
         given = {
             "is_probe": is_probe,
+            "is_of_status": is_of_status,
             "channel_id": channel_id,
             "hold": hold,
             "code": code,
@@ -215,7 +225,8 @@ _EXPECT = text(f"""
     JOIN channel AS c ON (c.tenant_id, c.id) = (given.tenant_id, given.channel_id)
     GROUP BY given.tenant_id, given.channel_id, c.app_id, c.config ->> 'waba_id'
     ORDER BY given.tenant_id, given.channel_id
-    ON CONFLICT (tenant_id, channel_id) DO UPDATE SET next_due_at = least(l.next_due_at, excluded.next_due_at)
+    ON CONFLICT (tenant_id, channel_id) DO UPDATE SET next_due_at = least(l.next_due_at, excluded.next_due_at),
+        app_id = excluded.app_id, waba_id = excluded.waba_id
 """)
 
 _MAY_SEND = """
@@ -254,7 +265,8 @@ _PAUSE = text("""
 """)
 
 _PAUSE_ALL = text("""
-    UPDATE lane SET paused_until = greatest(paused_until, now() + :length), pause_code = :code
+    UPDATE lane SET pause_code = :code,
+        paused_until = greatest(paused_until, now() + CAST(:length AS interval) * (1 + random() / 2))
     WHERE channel_id IN (
         SELECT channel_id FROM lane
         WHERE app_id = :app_id AND (CAST(:waba_id AS text) IS NULL OR waba_id = :waba_id)
@@ -275,16 +287,17 @@ _HOLD = text("""
             ELSE now() + CAST(:first AS interval)
         END,
         held_at = CASE WHEN was.hold = :hold THEN lane.held_at ELSE now() END,
-        hold = :hold, hold_code = :code, hold_reason = :reason
+        hold = :hold, hold_code = :code, hold_reason = :reason,
+        is_hold_of_status = :is_of_status
     FROM (SELECT tenant_id, channel_id, hold FROM lane WHERE channel_id = :channel_id FOR UPDATE) AS was
     WHERE lane.channel_id = was.channel_id AND was.hold IS DISTINCT FROM 'operator'
     RETURNING was.hold IS DISTINCT FROM :hold
 """)
 
 _RESUME = text("""
-    UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, held_at = NULL, probes = 0, next_probe_at = NULL,
-        misses = 0, paused_until = CASE WHEN paused_until > now() THEN now() ELSE paused_until END, pause_code = NULL,
-        next_ring_at = NULL
+    UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, is_hold_of_status = false, held_at = NULL,
+        probes = 0, next_probe_at = NULL, misses = 0, next_ring_at = NULL, pause_code = NULL,
+        paused_until = CASE WHEN paused_until > now() THEN now() ELSE paused_until END
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 

@@ -59,6 +59,13 @@ class Message(Tenanted, Dated, Base):
         # What a lane may take next, the oldest first; and who is before whom in one conversation.
         Index("ix_message_due", "tenant_id", "channel_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),
         Index("ix_message_line", "tenant_id", "conversation_id", "turn_at", "id", postgresql_where=text(IN_LINE)),
+        Index(
+            "ix_message_unknown",
+            "tenant_id",
+            "channel_id",
+            "due_at",
+            postgresql_where=text("status = 'unknown' AND due_at IS NOT NULL"),
+        ),
         Index("ix_message_sending", "tenant_id", "channel_id", postgresql_where=text("status = 'sending'")),
         Index(
             "uq_message_idempotency_key",
@@ -352,5 +359,6 @@ _CATCH_UP = text(f"""
             OR least(m.delivered_at, said.delivered_at) IS DISTINCT FROM m.delivered_at
             OR least(m.read_at, said.read_at) IS DISTINCT FROM m.read_at
             OR least(m.failed_at, said.failed_at) IS DISTINCT FROM m.failed_at)
-    RETURNING m.tenant_id, m.id, m.channel_id, m.status
+    RETURNING m.tenant_id, m.id, m.channel_id, m.status, m.conversation_id, m.type, m.turn_at, m.attempt_id,
+        m.attempts, m.tries, m.throttles, m.error_code, m.error
 """)

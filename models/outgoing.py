@@ -27,7 +27,7 @@ def due(s: Session, tenant_id: UUID, channel_id: UUID, most: int) -> tuple[list[
     Sets the others behind the first one. Also returns whether there was more to look at than `most`.
     """
     found = s.execute(_DUE, {"tenant_id": tenant_id, "channel_id": channel_id, "most": most})
-    rows = list(found.mappings())
+    rows = sorted(found.mappings(), key=lambda row: (row["due_at"], row["id"]))
     return [row for row in rows if not row["is_behind"]], len(rows) == most
 
 
@@ -75,11 +75,43 @@ def wake(s: Session, tenant_id: UUID, conversation_ids: set[UUID]) -> None:
 
 
 def wake_forgotten(s: Session) -> list[UUID]:
-    """Conversations whose first message waits behind nobody: there should be none. Returns their channels.
+    """Lanes with something due that nobody would ever come for: there should be none. Returns their channels.
 
-    Sees every tenant. The rule above is kept by everybody who moves messages; this is for whoever deletes rows.
+    Either a conversation's first message waits behind nobody, or its lane has no date. Must see every tenant. The rules
+    are kept by everybody who moves messages; this is for whoever deletes rows, and for what nobody thought of.
     """
-    return list(s.execute(_WAKE_FORGOTTEN).scalars())
+    forgotten = s.execute(_FORGOTTEN).all()
+    channels = sorted({row.channel_id for row in forgotten} | set(s.execute(_UNDATED_LANES).scalars()))
+    Lane.lock(s, channels)
+    if forgotten:
+        s.execute(_WAKE_THESE, {"tenants": [row.tenant_id for row in forgotten], "ids": [row.id for row in forgotten]})
+    if channels:
+        s.execute(_DATE_LANES, {"ids": channels})
+    return channels
+
+
+def give_up(s: Session, tenant_id: UUID, id_: UUID) -> bool:
+    """An operator leaves it at that: a message that stayed unknown is failed. A late status still counts."""
+    found = s.execute(_FIND, {"tenant_id": tenant_id, "id": id_}).mappings().first()
+    if found is None:
+        return False
+    Lane.lock(s, [found["channel_id"]])
+    if s.execute(_GIVE_UP, {"tenant_id": tenant_id, "id": id_}).first() is None:
+        return False
+    Event.append(s, [event(found, MessageStatus.FAILED, error_code="no_answer")])
+    return True
+
+
+def take_back(s: Session, given: list[dict[str, Any]]) -> list[RowMapping]:
+    """Messages that the provider accepted and then failed, for a reason that may pass: back into the line.
+
+    Each row as for `put`, with its `tenant_id`, for status `queued`. The next attempt has another id of the provider's,
+    so that whatever is told of the failed one no longer concerns the message.
+    """
+    if not given:
+        return []
+    given = sorted(given, key=lambda row: (row["tenant_id"], row["id"]))
+    return list(s.execute(_TAKE_BACK, given_rows(given) | {"ids": [row["id"] for row in given]}).mappings())
 
 
 def cancel(s: Session, tenant_id: UUID, id_: UUID) -> tuple[str, bool] | None:
@@ -160,22 +192,24 @@ _DUE = text(f"""
         WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.due_at <= now() AND m.status = 'queued'
         ORDER BY m.due_at, m.id LIMIT :most
     ), behind AS (
-        SELECT due.id FROM due WHERE EXISTS (
+        SELECT due.id FROM due CROSS JOIN LATERAL (
             SELECT FROM message AS o
             WHERE o.tenant_id = :tenant_id AND o.conversation_id = due.conversation_id AND o.{IN_LINE}
                 AND o.id <> due.id AND (
                     o.status = 'sending' OR o.status = 'unknown' AND o.due_at IS NOT NULL
                     OR o.status = 'queued' AND o.turn_at <= now() AND (o.turn_at, o.id) < (due.turn_at, due.id)
                 )
-        )
+            LIMIT 1
+        ) AS first
     ), parked AS (
-        UPDATE message SET due_at = NULL WHERE tenant_id = :tenant_id AND id IN (SELECT id FROM behind)
+        UPDATE message SET due_at = NULL WHERE tenant_id = :tenant_id AND id = ANY(ARRAY(SELECT id FROM behind))
     )
-    SELECT due.*, extract(epoch FROM now() - due.turn_at) AS waited, behind.id IS NOT NULL AS is_behind,
-        coalesce(c.window_until < now(), false) AS is_window_closed
-    FROM due JOIN conversation AS c ON (c.tenant_id, c.id) = (due.tenant_id, due.conversation_id)
-    LEFT JOIN behind ON behind.id = due.id
-    ORDER BY due.due_at, due.id
+    SELECT due.*, extract(epoch FROM now() - due.turn_at) AS waited, coalesce(c.window_until < now(), false)
+        AS is_window_closed, due.id = ANY(ARRAY(SELECT id FROM behind)) AS is_behind
+    FROM due CROSS JOIN LATERAL (
+        SELECT window_until FROM conversation AS c
+        WHERE (c.tenant_id, c.id) = (due.tenant_id, due.conversation_id) OFFSET 0
+    ) AS c
 """)
 
 # A report of its fate may lie among the bodies that our own workers have not got to: then it is too early to decide.
@@ -185,6 +219,7 @@ _OVERDUE = text(f"""
         AND (m.due_at < now() - interval '10 minutes' OR NOT EXISTS (
             SELECT FROM delivery AS d JOIN channel AS c ON (c.tenant_id, c.id) = (m.tenant_id, m.channel_id)
             WHERE d.state = 'pending' AND coalesce(d.app_id, d.channel_id) = coalesce(c.app_id, c.id)
+                AND d.received_at <= m.due_at
         ))
     ORDER BY m.due_at, m.id LIMIT 200
 """)
@@ -242,29 +277,62 @@ _DELAY = text(f"""
 
 _WAKE = text(f"""
     UPDATE message AS m SET due_at = m.turn_at
-    FROM (
-        SELECT DISTINCT ON (conversation_id) id FROM message
-        WHERE tenant_id = :tenant_id AND conversation_id = ANY(:conversations) AND {IN_LINE}
-            AND status = 'queued' AND due_at IS NULL
-        ORDER BY conversation_id, turn_at, id
-    ) AS next
-    WHERE m.tenant_id = :tenant_id AND m.id = next.id
+    WHERE m.tenant_id = :tenant_id AND m.id = ANY(ARRAY(
+        SELECT next.id FROM unnest(CAST(:conversations AS uuid[])) AS given (id)
+        CROSS JOIN LATERAL (
+            SELECT id FROM message
+            WHERE tenant_id = :tenant_id AND conversation_id = given.id AND {IN_LINE}
+                AND status = 'queued' AND due_at IS NULL
+            ORDER BY turn_at, id LIMIT 1
+        ) AS next
+    ))
 """)
 
-_WAKE_FORGOTTEN = text(f"""
-    WITH first AS (
+_FORGOTTEN = text(f"""
+    SELECT tenant_id, id, channel_id FROM (
         SELECT DISTINCT ON (tenant_id, conversation_id) tenant_id, id, channel_id, status, due_at FROM message
         WHERE {IN_LINE} AND (turn_at <= now() OR status <> 'queued') AND NOT (status = 'unknown' AND due_at IS NULL)
         ORDER BY tenant_id, conversation_id, (status = 'queued'), turn_at, id
-    ), woken AS (
-        UPDATE message AS m SET due_at = m.turn_at FROM first
-        WHERE (m.tenant_id, m.id) = (first.tenant_id, first.id) AND first.status = 'queued' AND first.due_at IS NULL
-            AND m.status = 'queued' AND m.due_at IS NULL
-        RETURNING m.channel_id
-    ), due AS (
-        UPDATE lane SET next_due_at = least(next_due_at, now()) WHERE channel_id IN (SELECT channel_id FROM woken)
+    ) AS first
+    WHERE status = 'queued' AND due_at IS NULL
+""")
+
+_WAKE_THESE = text("""
+    UPDATE message SET due_at = turn_at
+    WHERE (tenant_id, id) IN (SELECT * FROM unnest(CAST(:tenants AS uuid[]), CAST(:ids AS uuid[])))
+        AND status = 'queued' AND due_at IS NULL
+""")
+
+_UNDATED_LANES = text("""
+    SELECT l.channel_id FROM lane AS l CROSS JOIN LATERAL (
+        SELECT due_at FROM message AS m
+        WHERE m.tenant_id = l.tenant_id AND m.channel_id = l.channel_id AND m.due_at IS NOT NULL
+        ORDER BY m.due_at LIMIT 1
+    ) AS m
+    WHERE l.token IS NULL AND (l.next_due_at IS NULL OR l.next_due_at > m.due_at)
+""")
+
+_DATE_LANES = text("""
+    UPDATE lane AS l SET next_due_at = (
+        SELECT min(due_at) FROM message AS m
+        WHERE m.tenant_id = l.tenant_id AND m.channel_id = l.channel_id AND m.due_at IS NOT NULL
     )
-    SELECT DISTINCT channel_id FROM woken
+    WHERE channel_id = ANY(:ids) AND token IS NULL
+""")
+
+_GIVE_UP = text("""
+    UPDATE message SET status = 'failed', failed_at = now()
+    WHERE tenant_id = :tenant_id AND id = :id AND status = 'unknown' AND due_at IS NULL RETURNING 1
+""")
+
+_TAKE_BACK = text(f"""
+    UPDATE message AS m SET status = 'queued', provider_id = NULL, failed_at = NULL, sent_at = NULL,
+        tries = m.tries + given.tries, throttles = m.throttles + given.throttles,
+        due_at = CASE WHEN given.delay = 0 THEN m.turn_at ELSE now() + make_interval(secs => given.delay) END
+    FROM {rows(tenant_id="uuid", id="uuid", attempt_id="uuid", tries="int", throttles="int", delay="float8")}
+    WHERE m.tenant_id = given.tenant_id AND m.id = ANY(:ids) AND m.id = given.id AND m.status = 'failed'
+        AND m.attempt_id = given.attempt_id
+    RETURNING {_COLUMNS}
 """)
 
 _FIND = text("""

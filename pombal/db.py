@@ -32,7 +32,8 @@ CONNECT: dict[str, Any] = {
 
 # SQLSTATE classes that are the store's trouble, never the job's: connection, resources, operator, system.
 _STORE_CLASSES = ("08", "53", "57", "58")
-_STORE_STATES = {"25006", "55P03"}  # a replica after a failover; a lock held by somebody else
+_LOCKED = "55P03"  # a lock held by somebody else
+_STORE_STATES = {"25006", _LOCKED}  # the other: a replica after a failover
 _RERUN_STATES = {"40001", "40P01"}  # serialization, deadlock: the same work succeeds when run again
 
 
@@ -76,7 +77,7 @@ def by_key(s: Session) -> None:
 
 _BY_KEY = text("""
     SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),
-        set_config('enable_mergejoin', 'off', true)
+        set_config('enable_mergejoin', 'off', true), set_config('enable_sort', 'off', true)
 """)
 
 
@@ -103,6 +104,11 @@ def is_store_trouble(error: BaseException) -> bool:
 def is_too_slow(error: BaseException) -> bool:
     """Whether a statement ran into its time limit: the store's trouble, unless less of the same work gets through."""
     return _sqlstate(error) == "57014"
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether somebody else held a lock for longer than this transaction wanted to wait."""
+    return _sqlstate(error) == _LOCKED
 
 
 def is_worth_rerunning(error: BaseException) -> bool:

@@ -53,11 +53,16 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     file: File | None = None
 
 
-class Status(msgspec.Struct, frozen=True, gc=False):
-    """What became of a message that we sent. `participant` is '' except in groups: one report per member there.
+class Called(msgspec.Struct, frozen=True, gc=False):
+    """Somebody called one of our numbers at `at`: no message, but it opens the window as one does."""
 
-    `hold` is `auth` or `payment` when the error concerns the whole account: nothing else will be delivered either.
-    """
+    path: str
+    person: Person
+    at: datetime
+
+
+class Status(msgspec.Struct, frozen=True, gc=False):
+    """What became of a message that we sent. `participant` is '' except in groups: one report per member there."""
 
     path: str
     provider_id: str
@@ -67,7 +72,6 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     callback_data: str | None = None
     error_code: str | None = None
     error: str | None = None
-    hold: Literal["auth", "payment"] | None = None
     pricing: dict[str, Any] | None = None
     conversation: dict[str, Any] | None = None
 
@@ -107,7 +111,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     path: str
     number: str | None
     waba: str | None
-    items: list[Message | Status | TemplateStatus | Notice]
+    items: list[Message | Called | Status | TemplateStatus | Notice]
 
 
 class Parsed(msgspec.Struct, frozen=True, gc=False):

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from pombal.errors import Rejected
-from providers.inbound import Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
-from providers.meta_errors import hold_for
+from providers.inbound import Called, Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
 
 _OBJECT = "whatsapp_business_account"
 
@@ -31,7 +30,7 @@ _MAX_DEPTH = 64
 _MAX_INTEGER = 10**308  # msgspec reads integers of 4300 digits; beyond a double, other JSON readers give up
 
 _MILLISECONDS = 10**12  # in seconds this is the year 33658
-_LAST_SECOND = 253_402_300_799  # the end of year 9999, and of datetime
+_LAST_SECOND = 253_370_764_799  # the end of year 9998: a day or a week later is a date as well
 
 _BY_NUMBER = frozenset({"messages", "smb_message_echoes"})
 _MEDIA = frozenset({"image", "video", "audio", "voice", "document", "sticker"})  # `voice`: old gateways
@@ -118,7 +117,7 @@ def _storable(value: Any, levels: int = _MAX_DEPTH) -> None:
 # -- entries and changes ---------------------------------------------------------------------------------------------
 
 
-_Item = Message | Status | TemplateStatus | Notice
+_Item = Message | Called | Status | TemplateStatus | Notice
 
 
 class _Origin(msgspec.Struct, frozen=True, gc=False):
@@ -204,6 +203,8 @@ class _Reader:
             self.one(path, value, lambda here, _: made.items.append(self.notice(here, field, value, origin)))
             if field == "message_template_status_update":
                 self.one(path, value, lambda here, _: made.items.append(_template_status(here, value, self.at(origin))))
+            elif field == "calls" and number is not None:
+                self.calls(path, value, made.items)
         if made.items:
             self.changes.append(made)
 
@@ -244,6 +245,16 @@ class _Reader:
             items.append(_message(here, element, contacts, "out", self.received_at))
 
         self.each(f"{path}.message_echoes", value["message_echoes"], echo)
+
+    def calls(self, path: str, value: dict[str, Any], items: list[_Item]) -> None:
+        """The beginnings of users' calls; whatever else is said of calls is in the notice alone (§8)."""
+        contacts = self.contacts(path, value.get("contacts"))
+
+        def call(here: str, element: dict[str, Any]) -> None:
+            if (element.get("direction"), element.get("event")) == ("USER_INITIATED", "connect"):
+                items.append(_called(here, element, contacts))
+
+        self.each(f"{path}.calls", value.get("calls"), call)
 
     def contacts(self, path: str, elements: Any) -> _Contacts:
         by_id: dict[str | None, _Contact] = {}
@@ -314,6 +325,15 @@ def _message(
         at=at,
         file=_file(kind, element),
     )
+
+
+def _called(path: str, element: dict[str, Any], contacts: _Contacts) -> Called:
+    """A call from a user. Without a time of its own it would be another one each time that it is sent again."""
+    person, _ = _person(element, contacts, "from")
+    at = _time(element.get("timestamp"))
+    if at is None:
+        raise Rejected("no timestamp")
+    return Called(path, person, at)
 
 
 def _person(element: dict[str, Any], contacts: _Contacts, other: str) -> tuple[Person, str | None]:
@@ -404,7 +424,6 @@ def _status(path: str, element: dict[str, Any], received_at: datetime) -> Status
         callback_data=_text(element, "biz_opaque_callback_data", _MAX_CALLBACK_DATA),
         error_code=code,
         error=error,
-        hold=hold_for(code),
         pricing=_object(element, "pricing"),
         conversation=_object(element, "conversation"),
     )

@@ -5,11 +5,12 @@ The one place where codes are told apart. What is not listed goes by HTTP status
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from providers.outbound import Fault, Kind, Scope
 
-_TRIES = 6  # of a transient refusal: with the back-off of the lane, two minutes or so
+_TRIES = 6  # of a transient refusal that may be the message's own: with the back-off of the lane, half a minute
+_LONG = 20  # … of one that is the provider's trouble: half an hour
 _MOST_TEXT = 1_000
 _LONGEST_WAIT = 3600.0  # seconds; who asks for more is asked again after that
 
@@ -19,10 +20,11 @@ class Rule(NamedTuple):
     scope: Scope
     tries: int = 0
     wait: float = 0.0
+    is_outage: bool = False
 
 
 _PERMANENT = Rule(Kind.PERMANENT, Scope.MESSAGE)
-_TRANSIENT = Rule(Kind.TRANSIENT, Scope.MESSAGE, _TRIES)
+_OUTAGE = Rule(Kind.TRANSIENT, Scope.MESSAGE, _LONG, is_outage=True)
 _ACCESS = Rule(Kind.AUTH, Scope.CHANNEL)
 
 RULES: dict[int, Rule] = {
@@ -41,9 +43,9 @@ RULES: dict[int, Rule] = {
     **dict.fromkeys((133008, 133009, 133016), Rule(Kind.THROTTLE, Scope.NUMBER, wait=300)),
     132069: Rule(Kind.THROTTLE, Scope.MESSAGE, wait=360),  # a throttled flow: ten an hour
     # try again
-    1: Rule(Kind.TRANSIENT, Scope.MESSAGE, 3),
-    **dict.fromkeys((2, 131016, 133004), _TRANSIENT),
-    131000: Rule(Kind.TRANSIENT, Scope.MESSAGE, 5),
+    1: Rule(Kind.TRANSIENT, Scope.MESSAGE, 3, is_outage=True),
+    **dict.fromkeys((2, 131016, 133004), _OUTAGE),
+    131000: Rule(Kind.TRANSIENT, Scope.MESSAGE, 5, is_outage=True),
     131057: Rule(Kind.TRANSIENT, Scope.NUMBER, _TRIES, wait=60),  # maintenance: the throughput is being raised
     133015: Rule(Kind.TRANSIENT, Scope.NUMBER, _TRIES, wait=300),
     134101: Rule(Kind.TRANSIENT, Scope.MESSAGE, _TRIES, wait=600),
@@ -88,21 +90,21 @@ def fault(
         str(code) if code is not None else f"http_{http_status}",
         _text(error) or f"HTTP {http_status}",
         rule.tries,
-        min(wait, _LONGEST_WAIT),
+        is_outage=rule.is_outage,
+        wait=min(wait, _LONGEST_WAIT),
     )
 
 
-def hold_for(code: str | None) -> Literal["auth", "payment"] | None:
-    """Whether a code told after the send, by a status, asks for a hold of all sending."""
-    rule = RULES.get(number) if (number := _code(code)) is not None else None
-    if rule is None or rule.kind not in (Kind.AUTH, Kind.PAYMENT):
-        return None
-    return "auth" if rule.kind is Kind.AUTH else "payment"
+def late_fault(code: str, text: str) -> Fault:
+    """The fault behind a `failed` status, of which only the code and the text are kept: the same table (§14)."""
+    return fault({"code": code, "message": text}, 400, {})
 
 
 def _by_status(http_status: int, is_transient: bool) -> Rule:
-    if is_transient or http_status >= 500:
-        return _TRANSIENT
+    if http_status >= 500:
+        return _OUTAGE
+    if is_transient:
+        return Rule(Kind.TRANSIENT, Scope.MESSAGE, _TRIES)
     if http_status == 429:
         return RULES[130429]
     return _ACCESS if http_status in (401, 403) else _PERMANENT

@@ -46,6 +46,7 @@ class Fault(msgspec.Struct, frozen=True):
     text: str
     tries: int = 0  # how often a transient one may be met before the message fails
     wait: float = 0.0  # seconds that the provider wants to be left alone; 0 when it does not say
+    is_outage: bool = False  # it speaks of trouble at the provider, and not with this message
 
 
 class Outgoing(msgspec.Struct, frozen=True):

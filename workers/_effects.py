@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from models import (
     Attempt,
     Conversation,
+    DeadLetter,
     Event,
     Hold,
     Lane,
@@ -30,10 +31,16 @@ from models import (
     outgoing,
 )
 from models.contact import Meeting
+from pombal import log, metrics
 from pombal.ids import uuid7
 from providers import inbound
+from providers.meta_errors import late_fault
+from providers.outbound import Kind
+from workers import _late
 
-_WINDOW = timedelta(hours=24)  # for free-form answers after a customer's message (whatsapp-cloud-api.md §10)
+_log = log.get()
+
+_WINDOW = timedelta(hours=24)  # for free-form answers after a customer's message or call (whatsapp-cloud-api.md §10)
 _RECENT = timedelta(minutes=5)
 _MEDIA_LIFE = timedelta(days=7)  # of a media id (whatsapp-cloud-api.md §12)
 
@@ -81,15 +88,17 @@ def apply_items(
     StatusReport.fold(s, told.status_rows())
     reported = Attempt.reported(s, list(told.callbacks))
     # All lanes that something moves in, at once and in their order, before any message is touched.
-    Lane.lock(s, sorted({row["channel_id"] for row in reported} | {channel for _, channel in told.holds}))
-    held = hold_lanes(s, told.holds)
+    Lane.lock(s, sorted({row["channel_id"] for row in reported} | {channel for _, channel in told.failures}))
+    held = hold_lanes(s, told.failures)
     settled = settle_sends(s, reported)
     risen = Message.catch_up(s, told.reported_keys())
     Conversation.touch(s, told.conversation_rows(new))
     Template.heard(s, told.template_rows())
     Media.expect(s, told.media_rows(new))
     notices = Seen.first_time(s, set(told.notices))
-    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled] + held)
+    retried, letters = _late.try_again(s, risen)
+    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled] + held + retried)
+    DeadLetter.record(s, letters)
     # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
@@ -101,14 +110,21 @@ def apply_items(
     return outcome, [one for one, _ in settled]
 
 
-def hold_lanes(s: Session, holds: dict[tuple[UUID, UUID], inbound.Status]) -> list[dict[str, Any]]:
+def hold_lanes(s: Session, failures: dict[tuple[UUID, UUID], list[inbound.Status]]) -> list[dict[str, Any]]:
     """Statuses that failed for a reason of the whole account (payment, say) hold its sending; returns the events."""
     events = []
-    for (tenant, channel), item in sorted(holds.items(), key=lambda one: one[0]):
-        hold = Hold(item.hold or Hold.AUTH)
-        if Lane.set_hold(s, channel, hold, code=item.error_code, reason=item.error or ""):
-            payload = {"hold": hold, "code": item.error_code}
-            events.append(Event.row("channel_held", tenant, channel, None, payload))
+    for (tenant, channel), items in sorted(failures.items(), key=lambda one: one[0]):
+        # An old one may come again, or late: what was wrong then may be mended by now.
+        recent = [item for item in items if item.at > datetime.now(UTC) - _RECENT and item.error_code]
+        faults = [late_fault(item.error_code or "", item.error or "") for item in recent]
+        fault = next((fault for fault in faults if fault.kind in (Kind.AUTH, Kind.PAYMENT)), None)
+        if fault is None:
+            continue
+        hold = Hold(fault.kind.value)
+        if Lane.set_hold(s, channel, hold, code=fault.code, reason=fault.text, is_of_status=True):
+            events.append(Event.row("channel_held", tenant, channel, None, {"hold": hold, "code": fault.code}))
+            metrics.holds.labels(hold=hold).inc()
+            _log.error("channel_held", channel_id=str(channel), hold=hold, code=fault.code)
     return events
 
 
@@ -135,8 +151,9 @@ class Told:
         self.people = Meeting()
         self.notices: dict[tuple[UUID, bytes], tuple[UUID, inbound.Notice]] = {}
         self.callbacks: set[tuple[UUID, UUID, str, str]] = set()  # with the data that a send carried, by its status
-        self.holds: dict[tuple[UUID, UUID], inbound.Status] = {}
+        self.failures: dict[tuple[UUID, UUID], list[inbound.Status]] = {}  # reported ones, by channel
         self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
+        self._calls: list[tuple[UUID, UUID, inbound.Called]] = []
         self._statuses: dict[tuple[UUID, UUID, str, str], dict[str, Any]] = {}
         self._templates: dict[tuple[UUID, UUID, str, str], inbound.TemplateStatus] = {}
 
@@ -149,6 +166,9 @@ class Told:
                     known = self._messages[(tenant, channel, item.provider_id)] = (uuid7(), delivery, item)
                     self._meet(tenant, channel, item)
                 return known[0]
+            case inbound.Called():
+                self._calls.append((tenant, channel, item))
+                self.people.meet(tenant, channel, item.person.identities, (), item.person.name, item.at)
             case inbound.Status():
                 self._report(tenant, channel, item)
             case inbound.TemplateStatus():
@@ -171,9 +191,8 @@ class Told:
         rank = StatusReport.rank_of(item.status)
         if row["status"] is None or rank > row["rank"]:
             row["status"], row["rank"] = item.status, rank
-        # An old one may come again, or late: what was wrong then may be mended by now.
-        if item.hold and item.status == "failed" and item.at > datetime.now(UTC) - _RECENT:
-            self.holds[(tenant, channel)] = item
+        if item.status == "failed":
+            self.failures.setdefault((tenant, channel), []).append(item)
         if item.callback_data:
             self.callbacks.add((tenant, channel, item.provider_id, item.callback_data))
         for column in REPORTED_AT.get(item.status, ()):
@@ -220,29 +239,28 @@ class Told:
         return [(tenant, channel, provider_id) for tenant, channel, provider_id, _ in self._statuses]
 
     def conversation_rows(self, new: set[UUID]) -> list[dict[str, Any]]:
-        """One row per conversation that got a new message; only new incoming ones count as unread."""
+        """One row per conversation that got a new message or a call; only new incoming messages count as unread."""
         rows: dict[UUID, dict[str, Any]] = {}
+
+        def row_of(tenant: UUID, channel: UUID, chat: inbound.Person) -> dict[str, Any]:
+            contact = self.people.whom(tenant, channel, chat.identities)
+            id_ = Conversation.id_of(channel, contact)
+            row = {"tenant_id": tenant, "id": id_, "channel_id": channel, "contact_id": contact}
+            return rows.setdefault(id_, row | {"last_message_at": None, "window_until": None, "unread_count": 0})
+
+        def open_window(row: dict[str, Any], at: datetime) -> None:
+            row["window_until"] = max(row["window_until"] or at + _WINDOW, at + _WINDOW)
+
         for (tenant, channel, _), (id_, _, item) in self._messages.items():
             if id_ not in new:
                 continue
-            contact = self.people.whom(tenant, channel, item.chat.identities)
-            conversation = Conversation.id_of(channel, contact)
-            row = rows.setdefault(
-                conversation,
-                {
-                    "tenant_id": tenant,
-                    "id": conversation,
-                    "channel_id": channel,
-                    "contact_id": contact,
-                    "last_message_at": item.at,
-                    "window_until": None,
-                    "unread_count": 0,
-                },
-            )
-            row["last_message_at"] = max(row["last_message_at"], item.at)
+            row = row_of(tenant, channel, item.chat)
+            row["last_message_at"] = max(row["last_message_at"] or item.at, item.at)
             if item.direction == "in":
-                row["window_until"] = max(row["window_until"] or item.at + _WINDOW, item.at + _WINDOW)
+                open_window(row, item.at)
                 row["unread_count"] += 1
+        for tenant, channel, call in self._calls:
+            open_window(row_of(tenant, channel, call.person), call.at)
         return list(rows.values())
 
     def template_rows(self) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from dramatiq.middleware import Middleware
 from models import Channel
 from models.attempt import callback_of
 from pombal import log, metrics
+from pombal.errors import PombalError
 from pombal.middleware import is_store_trouble
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
@@ -37,6 +38,8 @@ _SLICE = 10.0  # seconds in a row that a lane may be sent from beside others
 _ALONE = 60.0  # … and while this process has no other: then its settings are read again
 _LOOK = 0.5  # seconds between looks at the line while all that goes on is waiting for answers
 _GATHER = 0.02  # … that answers are gathered for, so that they share a commit
+_STRAGGLES = 2.0  # seconds after which a call is not waited for alone
+_TOO_LATE = 4.0  # … after its slot that a call must not leave any more; less than a lease
 _STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
 _STOP_PATIENCE = 15.0  # … that calls under way are waited for when the process is told to stop
 _THREADS = 4  # for the database, shared by all lanes, first come first served
@@ -111,6 +114,8 @@ class Lanes(Middleware):
                 _log.warning("lane_waits_for_a_store", **describe)
             else:
                 _log.error("lane_failed", **describe, traceback=log.redacted(error))
+                if not self.has_worker:
+                    raise  # to the command that waits for it
             is_due = False
         finally:
             del self._runs[run.channel_id]
@@ -178,10 +183,23 @@ class Run:
         line = await self._lanes.in_thread(functools.partial(Line.take, self.channel_id, uuid4(), self._lanes.pace))
         if line is None:
             return False
-        sender = self._sender(line.channel)
+        try:
+            sender = self._sender(line.channel)
+        except PombalError as error:  # a secret that no key opens, say: an operator must see it, and mend it
+            reason = str(error)
+            return await self._lanes.in_thread(lambda: line.refuse(reason))
+        try:
+            return await self._send_from(line, sender)
+        except Exception:
+            await self._rescue(line)
+            raise
+
+    async def _send_from(self, line: Line, sender: Sender) -> bool:
         began, stop_at = time.monotonic(), None
         while True:
             is_over = time.monotonic() - began > (_ALONE if self._lanes.is_alone else _SLICE)
+            if is_over and self._has_straggler():  # nobody else could have the lane now, so it may as well go on
+                is_over = False
             if self._lanes.stopping:
                 is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
                 if time.monotonic() > stop_at:
@@ -197,6 +215,22 @@ class Run:
                 return is_due or self._news.is_set()  # a bell that rang while the lane was being given back
             await self._wait(plan, can_gather=len(self._open) > 1)
 
+    def _has_straggler(self) -> bool:
+        return any(time.monotonic() - work.begun_at > _STRAGGLES for work in self._open.values())
+
+    async def _rescue(self, line: Line) -> None:
+        """Something is wrong with a turn of ours: what is under way is waited for, and written down one by one."""
+        if self._open:
+            await asyncio.wait(self._open)
+        for work, answer in self._done:
+            try:
+                await self._lanes.in_thread(
+                    functools.partial(line.turn, [(work, answer)], under_way=[], may_begin=False)
+                )
+            except Exception as error:
+                _log.error("answer_lost", message_id=str(work.id), error=log.described(error))
+        self._done.clear()
+
     async def _turn(self, line: Line, *, may_begin: bool) -> Plan:
         """One commit. While the database is away the answers are kept here; nothing more is sent meanwhile."""
         done, self._done = self._done, []
@@ -207,6 +241,7 @@ class Run:
                 return await self._lanes.in_thread(turn)
             except Exception as error:
                 if not is_store_trouble(error) or time.monotonic() > give_up_at:
+                    self._done = done + self._done
                     raise
                 _log.warning("answers_wait_for_a_store", answers=len(done), error=log.described(error))
             await asyncio.sleep(0.5)
@@ -231,7 +266,8 @@ class Run:
         self._last_fire = fire_at
         if (wait := fire_at - time.monotonic()) > 0:
             await asyncio.sleep(wait)
-        if self._lanes.stopping:
+        # Or the process stood still for so long that somebody else may have the lane by now.
+        if self._lanes.stopping or time.monotonic() - fire_at > _TOO_LATE:
             self._done.append((work, STOPPED))
             return
         began = time.monotonic()

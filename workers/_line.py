@@ -33,7 +33,7 @@ from pombal import db, log, metrics
 from pombal.ids import uuid7
 from pombal.pace import Grant, Pace
 from providers.outbound import Answer, Outcome, Scope
-from workers import _verdicts
+from workers import _late, _verdicts
 from workers._verdicts import Heed, Verdict
 
 _log = log.get()
@@ -67,6 +67,7 @@ class Work(NamedTuple):
     tries: int
     throttles: int
     is_probe: bool
+    begun_at: float  # on the monotonic clock
 
 
 class Plan(NamedTuple):
@@ -95,7 +96,7 @@ class Line:
         self._share = _share(lane)
         self._misses: int = lane["misses"]
         self._most = max(float(_MOST), self._rate / 2)
-        self._window = 1.0 if lane["hold"] or self._misses else float(_FEWEST)
+        self._window = 1.0 if lane["hold"] else float(_FEWEST)
         self._depth = _SHALLOWEST
         self._candidates: list[RowMapping] = []
         self._attempts: dict[UUID, UUID] = {}  # message → its next attempt, the same until a commit has begun it
@@ -131,6 +132,21 @@ class Line:
             return Lane.release(s, self._tenant, self._id, self._token)
 
         return _in_one_commit([self._tenant], release)
+
+    def refuse(self, reason: str) -> bool:
+        """Nothing can be sent as the channel is set up: hold the lane with that reason, and give it back."""
+
+        def refuse(s: Session) -> bool:
+            if Lane.renew(s, self._id, self._token) is None:
+                return False
+            if Lane.set_hold(s, self._id, Hold.AUTH, code="misconfigured", reason=reason, is_probe=True):
+                payload = {"hold": Hold.AUTH, "code": "misconfigured"}
+                Event.append(s, [Event.row("channel_held", self._tenant, self._id, None, payload)])
+            self._abandoned(s)
+            return Lane.release(s, self._tenant, self._id, self._token)
+
+        _log.error("channel_misconfigured", channel_id=str(self._id), error=reason)
+        return _in_one_commit([self._tenant], refuse)
 
     def turn(self, done: list[tuple[Work, Answer]], *, under_way: Collection[Work], may_begin: bool) -> Plan:
         """Write the answers down, begin what may go, and pick the next candidates: one commit.
@@ -171,7 +187,7 @@ class Line:
 
     def _abandoned(self, s: Session) -> None:
         left = Attempt.abandoned(s, self._tenant, self._id, self._settle)
-        Event.append(s, [outgoing.event(row, MessageStatus.UNKNOWN) for row in left])
+        Event.append(s, [outgoing.event(row, row["status"]) for row in left])
 
     def _pause_neighbours(self, lane: RowMapping, heed: Heed) -> None:
         """A limit of the account or the app was reached: all its lanes pause. Many rows, so a commit of their own."""
@@ -209,12 +225,14 @@ class Turn:
         self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
     ) -> tuple[RowMapping | None, list[tuple[Work, float]]]:
         self._reset()
+        unheard = list(self._line._attempts.values())  # of an earlier try of this commit, which may have succeeded
         accepted = [(work, answer) for work, answer in self._done if answer.outcome is Outcome.ACCEPTED]
         ContactIdentity.add(s, list(self._identities(accepted)))
         StatusReport.touch(s, [(self._tenant, self._id, a.provider_id) for _, a in accepted if a.provider_id])
         lane = Lane.renew(s, self._id, self._line._token)
         if lane is None:  # the lease ran out: the answers are facts all the same
             Lane.lock(s, [self._id])
+            Lane.expect(s, [{"tenant_id": self._tenant, "channel_id": self._id, "due_at": None}])
         else:
             self.share = _share(lane)
         self._record(s, accepted)
@@ -232,6 +250,8 @@ class Turn:
             candidates, self.is_more = outgoing.due(s, self._tenant, self._id, most)
             # Many in a row to one recipient are set behind their first in ever larger steps.
             self.depth = min(_DEEPEST, most * 4) if self.is_more and not candidates else _SHALLOWEST
+        made = {work.attempt_id for work, _ in begun}
+        Attempt.never_left(s, self._tenant, [id_ for id_ in unheard if id_ not in made])
         outgoing.wake(s, self._tenant, self.left)
         if lane is not None and self.misses != lane["misses"]:
             Lane.missed(s, self._id, self.misses)
@@ -282,7 +302,12 @@ class Turn:
             elif works[row["id"]].type != "read":
                 self.said.append(metrics.double_sends.labels(self._provider).inc)
         keys = [(self._tenant, self._id, answer.provider_id) for _, answer in accepted if answer.provider_id]
-        self.events += [outgoing.event(row, row["status"]) for row in Message.catch_up(s, keys)]
+        risen = Message.catch_up(s, keys)
+        # That they are sent was said above.
+        self.events += [outgoing.event(row, row["status"]) for row in risen if row["status"] != MessageStatus.SENT]
+        events, letters = _late.try_again(s, risen)
+        self.events += events
+        self.letters += letters
         for work, _ in accepted:
             if work.type == "read":
                 Conversation.was_read(s, self._tenant, self._id, work.body["read"]["message_id"])
@@ -352,7 +377,8 @@ class Turn:
                 # A message that fails again and again speaks for itself, and not for an outage.
                 is_first = answer.outcome is not Outcome.REFUSED or work.tries == 0
                 self.misses += points if is_first else 0
-                self.window = max(1.0, self.window / 2)
+                # Two, so that one that hangs does not hold up all others; one while only probes may go.
+                self.window = max(1.0 if work.is_probe else 2.0, self.window / 2)
             else:
                 self.misses = 0
                 self.window = min(self._line._most, self.window + 1)
@@ -365,6 +391,10 @@ class Turn:
         if holds:
             self._hold(s, holds[0], is_probe=is_tried)
         elif is_probed and lane is not None and probe is not None and _verdicts.misses(probe):
+            held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
+            self._hold(s, held, is_probe=True)
+        elif is_probed and lane is not None and lane["is_hold_of_status"]:
+            # What is wrong is told some time after acceptance: the next probe is the proof that it was not told again.
             held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
             self._hold(s, held, is_probe=True)
         elif is_probed:
@@ -460,6 +490,7 @@ class Turn:
             tries=row["tries"],
             throttles=row["throttles"],
             is_probe=is_probe,
+            begun_at=time.monotonic(),
         )
 
     def _decide_overdue(self, s: Session) -> None:

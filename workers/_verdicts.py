@@ -65,6 +65,8 @@ def verdict(
             MessageStatus.UNKNOWN, settle.total_seconds(), unknowns=1, error_code="no_answer", error=answer.why
         )
     fault = answer.fault or Fault(Kind.PERMANENT, Scope.MESSAGE, "refused", "refused without a reason")
+    if fault.is_outage and is_probe:  # not its doing, perhaps: it uses nothing up, and another one is the next probe
+        return Verdict(MessageStatus.QUEUED, 1.0, error_code=fault.code, error=fault.text)
     if fault.kind is Kind.TRANSIENT:
         return _transient(fault, tries)
     if fault.kind is Kind.THROTTLE and fault.scope in (Scope.PAIR, Scope.MESSAGE):
@@ -113,8 +115,8 @@ def misses(answer: Answer) -> int:
     """How much an answer speaks for an outage: nothing, or one or two points."""
     if answer.outcome is Outcome.NOT_SENT:
         return 2
-    is_transient = answer.fault is not None and answer.fault.kind is Kind.TRANSIENT
-    return int(answer.outcome is Outcome.UNKNOWN or is_transient)
+    is_outage = answer.fault is not None and answer.fault.is_outage
+    return int(answer.outcome is Outcome.UNKNOWN or is_outage)
 
 
 def _spread(seconds: float) -> float:

@@ -18,12 +18,20 @@ from workers._lanes import Lanes
 
 _MOST_LANES = 500  # rung in one round of the sweep
 _ENOUGH_JOBS = 1_000
+_NEXT_PROCESS_MS = 1_000
 
 
 @actor(queue="outgoing_message", max_retries=3, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
 def outgoing_message(channel_id: str) -> None:
     """Send from this channel's lane, unless somebody else has it or nothing is due."""
-    done = lanes.wake(UUID(channel_id))
+    try:
+        id_ = UUID(channel_id)
+    except ValueError:
+        raise Permanent("not the id of a channel") from None
+    if lanes.stopping:  # its bells are somebody else's
+        outgoing_message.send_with_options(args=(channel_id,), delay=_NEXT_PROCESS_MS)
+        return
+    done = lanes.wake(id_)
     if not lanes.has_worker:
         done.result()
 

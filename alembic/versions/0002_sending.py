@@ -45,6 +45,12 @@ def upgrade() -> None:
         "ix_message_line", "message", ["tenant_id", "conversation_id", "turn_at", "id"], postgresql_where=LINE
     )
     op.create_index(
+        "ix_message_unknown",
+        "message",
+        ["tenant_id", "channel_id", "due_at"],
+        postgresql_where=sa.text("status = 'unknown' AND due_at IS NOT NULL"),
+    )
+    op.create_index(
         "ix_message_sending", "message", ["tenant_id", "channel_id"], postgresql_where=sa.text("status = 'sending'")
     )
     op.create_index(
@@ -100,6 +106,7 @@ def upgrade() -> None:
         sa.Column("hold", sa.Text(), nullable=True),
         sa.Column("hold_code", sa.Text(), nullable=True),
         sa.Column("hold_reason", sa.Text(), nullable=True),
+        sa.Column("is_hold_of_status", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("held_at", TIME, nullable=True),
         sa.Column("probes", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("next_probe_at", TIME, nullable=True),
@@ -129,7 +136,13 @@ def downgrade() -> None:
     op.drop_column("dead_letter", "message_id")
     op.drop_table("lane")
     op.drop_table("attempt")
-    for index in ("uq_message_idempotency_key", "ix_message_sending", "ix_message_line", "ix_message_due"):
+    for index in (
+        "uq_message_idempotency_key",
+        "ix_message_sending",
+        "ix_message_unknown",
+        "ix_message_line",
+        "ix_message_due",
+    ):
         op.drop_index(index, table_name="message")
     for column in reversed(MESSAGE):
         op.drop_column("message", column.name)

@@ -136,7 +136,12 @@ def _send_again(letters: list[DeadLetter]) -> int:
 
 
 def drop(given: Namespace) -> int:
+    """Leave it at that. A message that stayed unknown has failed then, so that nobody waits for it any more."""
     letters = _chosen(given, "drop")
+    for row in letters:
+        if row.message_id is not None and row.tenant_id is not None:
+            with db.session([row.tenant_id]) as s:
+                outgoing.give_up(s, row.tenant_id, row.message_id)
     with db.session() as s:
         db.see_all(s)
         _close(s, letters, LetterState.DROPPED)

@@ -10,6 +10,9 @@ import msgspec
 from pombal import log
 from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
+from pombal.settings import settings, variable
+
+_KEPT = ("database_url", "database_owner_url", "secret_keys", "mode", "whatsapp_graph_url", "log_format")
 
 
 class WrongJob(PombalError):
@@ -43,7 +46,11 @@ def actors(given: Namespace) -> int:
 
 
 def run(given: Namespace) -> int:
-    os.environ["REDIS_URL"] = "memory://"  # without a broker: what the job enqueues is found again by the sweep
+    # Without a broker: what the job enqueues is found by the sweep. The other addresses are those of every command,
+    # also where `up` has written them down, which it did together with a broker's.
+    os.environ |= {variable(name): value for name in _KEPT if (value := getattr(settings(), name))}
+    os.environ["REDIS_URL"] = "memory://"
+    settings.cache_clear()
     log.setup()
     actor, args, kwargs = _job(given)
     actor.fn(*args, **kwargs)

@@ -600,13 +600,62 @@ def test_a_payment_problem_that_a_status_tells_of_holds_the_channel_too(meta: Me
     run(deliveries(meta.shop, [body_of(meta.shop, {"statuses": [said]})]))
 
     assert (lane(meta.shop)["hold"], lane(meta.shop)["hold_code"]) == ("payment", "131042")
-    assert message(meta.shop, id_)["status"] == "failed"
-    queue(meta.shop, "dois")
+    assert (message(meta.shop, id_)["status"], message(meta.shop, id_)["provider_id"]) == ("queued", None)
+    assert events(meta.shop, id_)[-2:] == ["failed", "queued"]
+    queue(meta.shop, "dois", to="+5511955550002")
     send(meta.shop)
     assert len(meta.calls()) == 1
+    # It is accepted each time, also while nothing is paid: only the second time proves anything.
     make_due(meta.shop)
     send(meta.shop)
-    assert (lane(meta.shop)["hold"], meta.accepted()) == (None, ["um", "dois"])
+    assert (lane(meta.shop)["hold"], meta.accepted()) == ("payment", ["um", "um"])
+    make_due(meta.shop)
+    send(meta.shop)
+    assert (lane(meta.shop)["hold"], meta.accepted()) == (None, ["um", "um", "dois"])
+
+
+def test_a_payment_problem_that_statuses_go_on_to_tell_of_is_never_taken_for_solved(meta: Meta) -> None:
+    queue(meta.shop, "um")
+    queue(meta.shop, "dois", to="+5511955550002")
+    configure(meta.shop, messages_per_second=1)  # one, and then the other
+    send(meta.shop)
+
+    for _ in range(3):
+        for call in meta.calls()[-2:]:
+            now = int(datetime.now(UTC).timestamp())
+            said = meta_says.status(call["wamid"], "failed", now, "5511944440001")
+            said["errors"] = [{"code": 131042, "title": "Business eligibility payment issue"}]
+            run(deliveries(meta.shop, [body_of(meta.shop, {"statuses": [said]})]))
+        assert lane(meta.shop)["hold"] == "payment"
+        make_due(meta.shop)
+        send(meta.shop)
+
+    assert lane(meta.shop)["hold"] == "payment"
+    assert len(meta.calls()) == 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "letters_written"), [(131016, "queued", 0), (131026, "failed", 0), (131049, "failed", 0)]
+)
+def test_a_failure_that_a_status_tells_of_is_decided_by_the_same_table(
+    meta: Meta, code: int, status: str, letters_written: int
+) -> None:
+    (id_,) = queue(meta.shop, "um")
+    send(meta.shop)
+    (call,) = meta.calls()
+    said = meta_says.status(call["wamid"], "failed", int(datetime.now(UTC).timestamp()), "5511944440001")
+    said["errors"] = [{"code": code, "title": "no"}]
+    body = body_of(meta.shop, {"statuses": [said]})
+
+    run(deliveries(meta.shop, [body]))
+    run(deliveries(meta.shop, [body]))
+
+    assert (message(meta.shop, id_)["status"], len(letters(meta.shop))) == (status, letters_written)
+    make_due(meta.shop)
+    send(meta.shop)
+    assert message(meta.shop, id_)["status"] == ("sent" if status == "queued" else "failed")
+    run(deliveries(meta.shop, [body]))  # told once more of the first attempt: no longer this message's
+    assert message(meta.shop, id_)["status"] == ("sent" if status == "queued" else "failed")
 
 
 def test_a_payment_problem_holds_the_channel_until_it_is_paid(meta: Meta) -> None:
@@ -872,6 +921,10 @@ def test_an_overdue_message_is_not_decided_while_webhooks_wait_and_nobody_is_run
     said = [meta_says.status(call["wamid"], "sent", 1_788_000_000, "5511944440001")]
     said[0]["biz_opaque_callback_data"] = call["callback"]
     waiting = deliveries(meta.shop, [body_of(meta.shop, {"statuses": said})])
+    with superuser() as connection:  # it came before the wait was over
+        connection.execute(
+            "UPDATE delivery SET received_at = now() - interval '1 minute' WHERE id = ANY(%s)", [waiting]
+        )
     make_due(meta.shop)
     broker.flush_all()
 

@@ -10,9 +10,16 @@ from workers._verdicts import ASK, ONCE_MORE, STOPPED, Verdict, heed, misses, un
 
 
 def refused(
-    kind: Kind, scope: Scope = Scope.MESSAGE, *, code: str = "1", tries: int = 6, wait: float = 0.0, text: str = "no"
+    kind: Kind,
+    scope: Scope = Scope.MESSAGE,
+    *,
+    code: str = "1",
+    tries: int = 6,
+    wait: float = 0.0,
+    text: str = "no",
+    is_outage: bool = False,
 ) -> Answer:
-    return Answer(Outcome.REFUSED, fault=Fault(kind, scope, code, text, tries, wait))
+    return Answer(Outcome.REFUSED, fault=Fault(kind, scope, code, text, tries, wait, is_outage))
 
 
 def of(answer: Answer, *, type_: str = "text", tries: int = 0, throttles: int = 0, settle: float = 60) -> Verdict:
@@ -192,7 +199,8 @@ def test_what_concerns_one_message_or_recipient_is_no_reason_to_stop_the_others(
         (refused(Kind.PERMANENT), 0),
         (refused(Kind.THROTTLE, Scope.NUMBER), 0),
         (refused(Kind.AUTH, Scope.CHANNEL), 0),
-        (refused(Kind.TRANSIENT), 1),
+        (refused(Kind.TRANSIENT), 0),
+        (refused(Kind.TRANSIENT, is_outage=True), 1),
         (UNKNOWN, 1),
         (NOT_SENT, 2),
     ],

@@ -1,0 +1,59 @@
+"""Messages that were accepted and failed later, by a status: the same table of codes decides (fact sheet of Meta, §14).
+
+What may pass is tried again, by a new attempt with another id of the provider's; what will not stays failed. Not a
+queue, hence the underscore.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import RowMapping
+from sqlalchemy.orm import Session
+
+from models import Lane, MessageStatus, outgoing
+from models.dead_letter import letter
+from providers.meta_errors import late_fault
+from providers.outbound import Answer, Kind, Outcome
+from workers import _verdicts
+
+_MOST_ATTEMPTS = 10  # of one message: each of these was accepted, so a fault that stays would go round for ever
+_SHORTEST_WAIT = 30.0  # seconds
+
+
+def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Put back into the line what failed for a reason that may pass; needs the lanes' locks.
+
+    `risen` are rows of `Message.catch_up`. Returns the events and the dead letters of what was done.
+    """
+    back, letters = [], []
+    for row in risen:
+        if row["status"] != MessageStatus.FAILED or row["turn_at"] is None or row["error_code"] is None:
+            continue
+        fault = late_fault(row["error_code"], row["error"] or "")
+        answer = Answer(Outcome.REFUSED, fault=fault)
+        verdict = _verdicts.verdict(answer, type_=row["type"], tries=row["tries"], throttles=row["throttles"])
+        if verdict.status is MessageStatus.QUEUED and row["attempts"] < _MOST_ATTEMPTS:
+            is_held = fault.kind in (Kind.AUTH, Kind.PAYMENT)
+            delay = 0.0 if is_held else max(verdict.delay or 0.0, _SHORTEST_WAIT)
+            ids = {name: row[name] for name in ("tenant_id", "id", "attempt_id")}
+            back.append(ids | {"tries": verdict.tries, "throttles": verdict.throttles, "delay": delay})
+        elif fault.kind is not Kind.PERMANENT:
+            letters.append(_letter(row))
+    events = []
+    for row in outgoing.take_back(s, back):
+        events.append(outgoing.event(row, MessageStatus.QUEUED))
+        Lane.expect(s, [{"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": row["due_at"]}])
+    return events, letters
+
+
+def _letter(row: RowMapping) -> dict[str, Any]:
+    return letter(
+        key=f"message:{row['id']}",
+        actor="outgoing_message",
+        args=[str(row["channel_id"])],
+        tenant_id=row["tenant_id"],
+        message_id=row["id"],
+        error=f"accepted, and failed later with code {row['error_code']}, after {row['attempts']} attempts",
+        cause=row["error_code"],
+        failures=row["attempts"],
+    )
