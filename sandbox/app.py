@@ -381,8 +381,9 @@ async def calls_summary(request: Request) -> JSONResponse:
 
 
 async def clear_calls(request: Request) -> JSONResponse:
-    """Forget the calls and their counts."""
+    """Forget the calls and their counts, and how many statuses were sent; those that wait still come."""
     _graph(request).calls.clear()
+    _graph(request).statuses.sent = 0
     return JSONResponse({"calls": []})
 
 

@@ -2,40 +2,22 @@
 
 A call meets the first fault set that fits it, and every `latency` that fits it besides. Kinds whose name ends in
 `_after` (and `empty`, `drip`, `huge`, `gzip`, `failed_status`) concern calls that Graph accepts: only the answer is
-spoiled. All others but `latency` keep the call from being accepted.
+spoiled. All others but `latency` keep the call from being accepted. `sandbox.kinds` has a line about each.
 """
 
 import itertools
 import time
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from sandbox.kinds import KINDS
 from sandbox.meta import JSON
 from sandbox.rules import Share
 
-Kind = Literal[
-    "code",
-    "latency",
-    "hang_before",
-    "hang_after",
-    "reset_before",
-    "reset_after",
-    "garbage_before",
-    "garbage_after",
-    "html",
-    "html_after",
-    "empty",
-    "drip",
-    "huge",
-    "gzip",
-    "redirect",
-    "outage",
-    "failed_status",
-]
 BEFORE = frozenset({"code", "hang_before", "reset_before", "garbage_before", "html", "redirect", "outage"})
 """Kinds that keep a call from being accepted."""
 
@@ -43,6 +25,7 @@ BEFORE = frozenset({"code", "hang_before", "reset_before", "garbage_before", "ht
 class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A fault as it is asked for.
 
+    kind         a key of `sandbox.kinds.KINDS`
     channel      only this channel; else all
     to           only this recipient: digits with or without a plus, or a BSUID
     share, seed  the share of the fitting calls that meet it, drawn with this seed
@@ -53,7 +36,7 @@ class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     retry_after  seconds, a header of what is refused
     """
 
-    kind: Kind
+    kind: str
     channel: str | None = None
     to: Annotated[str, Meta(min_length=1, max_length=140)] | None = None
     share: Share = 1.0
@@ -66,6 +49,10 @@ class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     details: Annotated[str, Meta(max_length=10_000)] | None = None
     ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 100
     retry_after: Annotated[int, Meta(ge=0)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no fault {self.kind!r}; there are {', '.join(KINDS)}")
 
 
 @dataclass
@@ -125,7 +112,7 @@ class Faults:
     def clear(self) -> None:
         self._faults.clear()
 
-    def meet(self, channel: str | None, to: str | None, *, only: Kind | None = None) -> Met:
+    def meet(self, channel: str | None, to: str | None, *, only: str | None = None) -> Met:
         """What the next call to this recipient of this channel meets; `only` asks for no other kind."""
         if not self._faults:
             return NOTHING

@@ -133,7 +133,7 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
         yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
     letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
     known = broker.get_declared_actors()
-    samples: dict[str, float] = {}
+    samples: dict[str, float] = dict.fromkeys(sorted(known), 0)  # so that a first one is seen to come
     for actor, count in letters:
         name = actor if actor in known else "unknown"
         samples[name] = samples.get(name, 0) + count

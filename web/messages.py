@@ -72,7 +72,21 @@ async def _queue(request: Request, who: Caller, understand: Callable[[bytes], As
 
 
 async def message(request: Request) -> Response:
-    """One message with its attempts; 404 for a foreign one and a missing one alike (security-reliability.md T3)."""
+    """One message with its attempts; 404 for a foreign one and a missing one alike (security-reliability.md T3).
+
+    `waiting` is null, or says why the message does not go on by its `reason`:
+
+    - `schedule`: `until` is its `not_before`;
+    - `line`: `ahead` of its channel come first, at the number's rate; `is_sending` is false while no worker is at it;
+    - `behind_another`: an earlier message of the same conversation is on its way;
+    - `retry`: it was refused for now, or its recipient has had as many as may be sent; next try at `until`;
+    - `paused`: the channel, app or account reached a limit (`code`) and sends nothing before `until`;
+    - `hold`: the channel is held since `since`, `hold` being auth, payment, outage or operator; `code` and `text`;
+    - `settling`: its answer was lost (status `unknown`); a status may tell what became of it before `until`;
+    - `operator`: nothing told what became of it (status `unknown`), and an operator decides; `text`.
+
+    `not_before` is null once that time has come.
+    """
     who, patience = await _caller(request, "messages:read")
     id_ = _id(request, who)
     shown = await _in_time(lambda: asyncio.to_thread(_shown, who.tenant_id, id_), patience)
@@ -177,6 +191,9 @@ def _shown(tenant_id: UUID, id_: UUID) -> dict[str, Any] | None:
         if row is None:
             return None
         report = _report(s, row)
+        now: datetime = s.execute(select(func.now())).scalar_one()
+        # Its turn lies ahead only when somebody scheduled it: one that is tried again has its turn then and there.
+        is_scheduled = row.status == MessageStatus.QUEUED and row.turn_at is not None and row.turn_at > now
         return {
             "id": str(row.id),
             "channel": str(row.channel_id),
@@ -185,7 +202,7 @@ def _shown(tenant_id: UUID, id_: UUID) -> dict[str, Any] | None:
             "status": row.status,
             **({"to": row.recipient} if row.recipient is not None else {}),
             "created_at": _at(row.created_at),
-            "not_before": _at(row.turn_at) if row.turn_at is not None and row.turn_at > row.created_at else None,
+            "not_before": _at(row.turn_at) if is_scheduled else None,
             "sent_at": _at(row.sent_at),
             "delivered_at": _at(row.delivered_at),
             "read_at": _at(row.read_at),
@@ -194,7 +211,7 @@ def _shown(tenant_id: UUID, id_: UUID) -> dict[str, Any] | None:
             "error": {"code": row.error_code, "text": row.error} if row.error_code or row.error else None,
             "pricing": report.pricing if report else None,
             "conversation": report.conversation if report else None,
-            "waiting": _waiting(s, row),
+            "waiting": _waiting(s, row, now),
         }
 
 
@@ -225,13 +242,14 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _waiting(s: Session, row: Message) -> dict[str, Any] | None:
-    """What an outgoing message waits for. None when it waits for nothing but its turn in the channel."""
+def _waiting(s: Session, row: Message, now: datetime) -> dict[str, Any] | None:
+    """What an outgoing message waits for; None when it is under way or done."""
     if row.turn_at is None or row.status not in (MessageStatus.QUEUED, MessageStatus.UNKNOWN):
         return None
     if row.status == MessageStatus.UNKNOWN:
+        if row.due_at is None:
+            return {"reason": "operator", "text": "it may have been sent: an operator decides whether it is sent again"}
         return {"reason": "settling", "until": _at(row.due_at)}
-    now: datetime = s.execute(select(func.now())).scalar_one()
     lane = s.scalars(select(Lane).where(Lane.tenant_id == row.tenant_id, Lane.channel_id == row.channel_id)).first()
     if row.turn_at > now:
         return {"reason": "schedule", "until": _at(row.turn_at)}
@@ -242,6 +260,7 @@ def _waiting(s: Session, row: Message) -> dict[str, Any] | None:
             "code": lane.hold_code,
             "text": lane.hold_reason,
             "since": _at(lane.held_at),
+            "next_probe_at": _at(lane.next_probe_at),
         }
     if lane is not None and lane.paused_until is not None and lane.paused_until > now:
         return {"reason": "paused", "code": lane.pause_code, "until": _at(lane.paused_until)}
@@ -249,7 +268,19 @@ def _waiting(s: Session, row: Message) -> dict[str, Any] | None:
         return {"reason": "retry", "until": _at(row.due_at)}
     if row.due_at is None or _is_behind_another(s, row):
         return {"reason": "behind_another"}
-    return None
+    # Whether anybody is at it: a worker that died has the lane for some seconds more, and without workers nobody has.
+    is_sending = lane is not None and lane.until is not None and lane.until > now
+    return {"reason": "line", "ahead": _ahead(s, row), "is_sending": is_sending}
+
+
+def _ahead(s: Session, row: Message) -> int:
+    """How many of its channel come before it; a thousand stands for more."""
+    earlier = select(Message.id).where(
+        Message.tenant_id == row.tenant_id,
+        Message.channel_id == row.channel_id,
+        tuple_(Message.due_at, Message.id) < (row.due_at, row.id),
+    )
+    return int(s.scalar(select(func.count()).select_from(earlier.limit(1_000).subquery())) or 0)
 
 
 def _is_behind_another(s: Session, row: Message) -> bool:

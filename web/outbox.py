@@ -2,7 +2,8 @@
 
 As in `web/inbox.py` a flush starts at once when none is running, tenants take turns, and the bell rings off the
 request's path. Other than there, each request has a verdict of its own (channel, idempotency key, references, window,
-template), and one that was told 503 is not sent: whoever stops waiting is taken out before the commit begins.
+template), and one that was told 503 is not sent: whoever stops waiting is taken out before the commit begins. A lock
+that somebody holds, such as that of a lane, is a 503 for the tenant who needs it and for nobody else.
 
 The transaction touches its tables in this order, as all who write them do: contact_identity, contact, message, lane,
 conversation, event (architecture.md, decision 2).
@@ -10,7 +11,9 @@ conversation, event (architecture.md, decision 2).
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +40,13 @@ _log = log.get()
 
 PATIENCE = 2.5  # seconds a request waits for its commit; 503 must be out within 3 (security-reliability.md W3)
 _LAST_PATIENCE = 0.4  # … and more when the commit has begun: nobody can take part in it back
+# A lock that somebody holds: the first wait is longer than Postgres takes to see a deadlock (1 s), and leaves enough of
+# the patience to find out which tenants are concerned.
+_LOCK_WAIT = 1.2  # seconds
+_NEXT_LOCK_WAIT = 0.1
+_PARTS = 8  # that the tenants of a flush are parted into, in each round, where it is no lane
+_LOCKED_FOR = 5.0  # seconds that such a tenant comes after all others, and that all flushes begin with the second wait
+_TIME_FOR_THE_LOCKED = 0.5  # seconds of a flush; others wait for their turn meanwhile
 _MOST_IN_A_FLUSH = 200
 _FLUSH_BYTES = 1024 * 1024
 _MOST_WAITING = 64 * 1024 * 1024  # bytes in memory; one tenant may hold half of it (W13)
@@ -74,6 +84,8 @@ class Outbox:
     def __init__(self) -> None:
         self._tenants: OrderedDict[UUID, deque[Order]] = OrderedDict()
         self._held: dict[UUID, int] = {}
+        self._locked: dict[UUID, float] = {}  # tenants that met a held lock, and until when that is remembered
+        self._wary_until = 0.0  # the same of any
         self._waiting = asyncio.Event()
         self._writer = Writer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")  # its own: others may all be busy
@@ -130,19 +142,69 @@ class Outbox:
                     return
                 self._waiting.clear()
                 continue
-            answers: dict[UUID, Answer] = {}
-            try:
-                await self._write(batch, answers)
-            except Exception as error:  # whatever it is: nobody else writes, so this must go on
-                _log.error("messages_not_queued", messages=len(batch), error=log.described(error))
-            self._bell_for(answers)
-            for order in batch:
-                if not order.answered.done():
-                    order.answered.set_result(answers.get(order.id) or Unreachable("the database did not take it"))
+            now = time.monotonic()
+            self._locked = {id_: until for id_, until in self._locked.items() if until > now}
+            locked = set(self._locked)
+            lock_wait = _NEXT_LOCK_WAIT if now < self._wary_until else _LOCK_WAIT
+            await self._commit([order for order in batch if order.tenant_id not in locked], lock_wait)
+            until = time.monotonic() + _TIME_FOR_THE_LOCKED
+            await self._commit([order for order in batch if order.tenant_id in locked], _NEXT_LOCK_WAIT, until)
 
-    async def _write(self, batch: list[Order], answers: dict[UUID, Answer]) -> None:
+    async def _commit(self, batch: list[Order], lock_wait: float, until: float = math.inf) -> None:
+        """Commit these orders and answer them at once. Where a lock is held, tenants are parted until one is left.
+
+        What has not begun at `until` is given up.
+        """
+        batch = [order for order in batch if not order.is_gone]
+        if not batch:
+            return
+        if time.monotonic() > until:
+            self._give_up(batch)
+            return
+        answers: dict[UUID, Answer] = {}
+        failure: Exception | None = None
+        try:
+            await self._write(batch, answers, lock_wait)
+        except Exception as error:  # whatever it is: nobody else writes, so this must go on
+            failure = error
+        answers = dict(answers)  # a write that nobody waited for goes on in its thread
+        self._bell_for(answers)
+        for order in batch:
+            if order.id in answers:
+                self._locked.pop(order.tenant_id, None)
+                order.answered.set_result(answers[order.id])
+        left = [order for order in batch if order.id not in answers]
+        if isinstance(failure, Held):
+            self._wary_until = time.monotonic() + _LOCKED_FOR
+            self._locked.update(dict.fromkeys(failure.tenants, self._wary_until))
+            tenants = list(dict.fromkeys(order.tenant_id for order in left))
+            if len(tenants) > 1:
+                await self._commit_apart(left, tenants, failure.tenants, until)
+                return
+        if failure is not None:
+            _log.error("messages_not_queued", messages=len(left), error=log.described(failure.__cause__ or failure))
+        self._give_up(left)
+
+    async def _commit_apart(self, orders: list[Order], tenants: list[UUID], held: set[UUID], until: float) -> None:
+        """The others before those whose lanes are held; else in equal parts."""
+        parts = [{id_ for id_ in tenants if id_ not in held}, held]
+        if not all(parts):
+            size = -(-len(tenants) // _PARTS)
+            parts = [set(tenants[n : n + size]) for n in range(0, len(tenants), size)]
+        for part in parts:
+            if part <= held:
+                until = min(until, time.monotonic() + _TIME_FOR_THE_LOCKED)
+            await self._commit([order for order in orders if order.tenant_id in part], _NEXT_LOCK_WAIT, until)
+
+    def _give_up(self, orders: list[Order]) -> None:
+        for order in orders:
+            order.answered.set_result(Unreachable("the database did not take it"))
+
+    async def _write(self, batch: list[Order], answers: dict[UUID, Answer], lock_wait: float) -> None:
         """Raises after a while even if the thread hangs; who was not committed by then will not be."""
-        writing = asyncio.get_running_loop().run_in_executor(self._thread, self._writer.write, batch, answers)
+        writing = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._writer.write, batch, answers, lock_wait
+        )
         try:
             async with asyncio.timeout(2 * PATIENCE):
                 await asyncio.shield(writing)
@@ -189,6 +251,14 @@ def _ring_for_channels(ids: list[UUID]) -> None:
         metrics.bells.labels(outcome="rung").inc()
 
 
+class Held(Exception):
+    """Somebody holds a lock that a batch needs: that of a lane of these tenants, or another one if there are none."""
+
+    def __init__(self, tenants: set[UUID]) -> None:
+        super().__init__("somebody holds a lock")
+        self.tenants = tenants
+
+
 class Writer:
     """Writes batches, in a thread, and knows who may still leave."""
 
@@ -201,11 +271,11 @@ class Writer:
             order.is_gone = not order.is_committing
             return order.is_gone
 
-    def write(self, batch: list[Order], answers: dict[UUID, Answer]) -> None:
+    def write(self, batch: list[Order], answers: dict[UUID, Answer], lock_wait: float = _LOCK_WAIT) -> None:
         """Commit a batch and note each one's answer. One that the database refuses costs the others nothing.
 
-        Raises what the store's trouble is; those without an answer are then not queued, unless the commit itself was
-        cut off.
+        Raises what the store's trouble is, or `Held`; those without an answer are then not queued, unless the commit
+        itself was cut off.
         """
         for run in range(_MOST_RUNS):
             batch = [order for order in batch if not order.is_gone]
@@ -213,7 +283,7 @@ class Writer:
                 return
             try:
                 with db.session({order.tenant_id for order in batch}) as s:
-                    flush = Flush(s, batch)
+                    flush = Flush(s, batch, lock_wait)
                     while left := self._who_left(flush):
                         flush.take_out(left)
                 answers.update(flush.answers)
@@ -223,6 +293,9 @@ class Writer:
                     raise
                 if db.is_worth_rerunning(error) or (run == 0 and was_cut_off(error)):
                     continue  # nothing had been sent on that connection: a restart, a failover, an idle timeout
+                if db.is_locked(error):
+                    tenants = {order.tenant_id for order in batch}
+                    raise Held(tenants if len(tenants) == 1 else _whose_lanes_are_held(tenants)) from error
                 if db.is_store_trouble(error):
                     raise
                 if len(batch) == 1:
@@ -230,7 +303,7 @@ class Writer:
                     answers[batch[0].id] = Failure(500, "INTERNAL_ERROR", "something went wrong here")
                     return
                 for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                    self.write(half, answers)
+                    self.write(half, answers, lock_wait)
                 return
 
     def _who_left(self, flush: "Flush") -> list[Order]:
@@ -278,10 +351,10 @@ class Draft:
 class Flush:
     """One transaction over a batch. `answers` has one for each order; a refused one writes nothing."""
 
-    def __init__(self, s: Session, batch: list[Order]) -> None:
+    def __init__(self, s: Session, batch: list[Order], lock_wait: float) -> None:
         self._s = s
         self.batch = batch
-        self._now: datetime = s.execute(_BEGIN).scalar_one()
+        self._now: datetime = s.execute(_BEGIN, {"lock_wait": f"{lock_wait * 1000:.0f}"}).scalar_one()
         self.answers: dict[UUID, Answer] = {}
         self._twins: list[tuple[Order, Order]] = []  # of one key in this batch: the first, and another
         self._new: dict[UUID, UUID] = {}  # the messages, and their events
@@ -454,9 +527,21 @@ class Flush:
 
 # Less than requests wait: a lock that somebody holds ends this transaction, and not only their patience.
 _BEGIN = text(
-    "SELECT now(), set_config('lock_timeout', '2000', true), set_config('statement_timeout', '2300', true)",
+    "SELECT now(), set_config('lock_timeout', :lock_wait, true), set_config('statement_timeout', '2300', true)",
 )
 
+
+def _whose_lanes_are_held(tenants: set[UUID]) -> set[UUID]:
+    """Somebody else has them locked in this moment: a worker that hangs, or one that was about to be done."""
+    with db.session() as s:
+        return set(s.execute(_HELD_LANES, {"tenants": list(tenants)}).scalars())
+
+
+_HELD_LANES = text("""
+    WITH free AS (SELECT channel_id FROM lane WHERE tenant_id = ANY(:tenants) FOR UPDATE SKIP LOCKED)
+    SELECT DISTINCT tenant_id FROM lane
+    WHERE tenant_id = ANY(:tenants) AND channel_id NOT IN (SELECT channel_id FROM free)
+""")
 
 _NO_EVENTS = text("DELETE FROM event WHERE tenant_id = ANY(:tenants) AND id = ANY(:ids)")
 _NO_MESSAGES = text("DELETE FROM message WHERE tenant_id = ANY(:tenants) AND id = ANY(:ids)")

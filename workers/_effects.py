@@ -96,8 +96,9 @@ def apply_items(
     Template.heard(s, told.template_rows())
     Media.expect(s, told.media_rows(new))
     notices = Seen.first_time(s, set(told.notices))
+    events = [event for _, event in settled] + told.event_rows(new, risen, notices) + held
     retried, letters = _late.try_again(s, risen)
-    Event.append(s, told.event_rows(new, risen, notices) + [event for _, event in settled] + held + retried)
+    Event.append(s, events + retried)  # their ids were made in this order, which is the one they are read in
     DeadLetter.record(s, letters)
     # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))

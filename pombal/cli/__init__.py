@@ -14,8 +14,10 @@ import msgspec
 from pombal import __version__
 from pombal.errors import PombalError
 from pombal.settings import data_folder
+from sandbox.kinds import KINDS
 
 Setup = Callable[[argparse.ArgumentParser], None]
+_NARROWEST = 24  # characters of a column that is cut
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,8 +63,10 @@ def parser() -> argparse.ArgumentParser:
     traffic.add_argument("--seed", type=int, default=None)
     for word in (say, traffic):
         word.add_argument("--channel", default="demo-meta")
-    faults = _add(words, "faults", "sandbox:faults", "let sending go wrong, or list what is set", as_json=True)
-    faults.add_argument("kind", nargs="?", help="code, latency, hang_after, outage, …; without it a list")
+    faults = _add(
+        words, "faults", "sandbox:faults", "let sending go wrong, list what is set, or mend it (--clear)", as_json=True
+    )
+    faults.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help="one of those below; without it a list")
     faults.add_argument("--channel", default=None, help="only this one")
     faults.add_argument("--to", default=None, help="only this recipient")
     faults.add_argument("--share", type=float, default=None, help="of the calls, 0 to 1 (1)")
@@ -71,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     faults.add_argument("--code", type=int, default=None, help="Graph's error code, for `code` and `failed_status`")
     faults.add_argument("--ms", type=int, default=None, help="for `latency`, and between the bytes of a `drip`")
     faults.add_argument("--clear", action="store_true", help="remove all, before setting one if a kind is given")
+    faults.formatter_class = argparse.RawDescriptionHelpFormatter
+    faults.epilog = "\n".join(["kinds:", *(f"  {kind:<15} {does}" for kind, does in KINDS.items())])
     rules = _add(words, "rules", "sandbox:rules", "switch Meta's limits on and off, or show them")
     rules.add_argument("--channel", default=None, help="only this one")
     on_or_off = argparse.BooleanOptionalAction
@@ -87,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     calls.add_argument("--limit", type=int, default=20)
     calls.add_argument("--channel", default=None, help="only this one")
     calls.add_argument("--summary", action="store_true", help="counts instead")
-    calls.add_argument("--clear", action="store_true", help="forget them")
+    calls.add_argument("--clear", action="store_true", help="forget them, and set all counts to zero")
 
     tenant = _group(commands, "tenant", "companies")
     create = _add(tenant, "create", "admin:create_tenant", "a new tenant", as_json=True)
@@ -100,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
     create.add_argument("tenant")
     create.add_argument("--name", default="key")
     create.add_argument("--scope", action="append", help="may be repeated; all scopes by default")
+    listing = _add(key, "list", "admin:list_keys", "a tenant's keys, and when they were last used", as_json=True)
+    listing.add_argument("tenant")
     revoke = _add(key, "revoke", "admin:revoke_key", "end a key at once", as_json=True)
     revoke.add_argument("tenant")
     revoke.add_argument("id")
@@ -138,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for word in (token, change):
         word.add_argument("tenant")
-        word.add_argument("name")
+        word.add_argument("name", help="of the channel; or its id, or the end of it that `pombal lanes` shows")
 
     template = _group(commands, "template", "message templates, and what Meta thinks of them")
     sync = _add(template, "sync", "templates:sync", "ask Meta for all of them", as_json=True)
@@ -156,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     hold.add_argument("--reason", default=None, help="for whoever asks why")
     resume = _add(words, "resume", "lanes:resume", "end any hold or pause of a channel, whoever set it")
     for word in (hold, resume):
-        word.add_argument("channel", help="id, or TENANT/NAME")
+        word.add_argument("channel", help="TENANT/NAME; or the id, or the end of it that `pombal lanes` shows")
 
     _add(commands, "actors", "jobs:actors", "every actor: queue, schedule, retries, what waits", as_json=True)
     for name, does in (("run", "run one actor here, without a broker"), ("send", "enqueue one job")):
@@ -240,14 +248,18 @@ def as_json(value: object) -> None:
     say(msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode())
 
 
-def table(rows: list[dict[str, object]], *, empty: str) -> None:
-    """Columns for people; `empty` is said when there is nothing."""
+def table(rows: list[dict[str, object]], *, empty: str, width: int | None = None) -> None:
+    """Columns for people; `empty` is said when there is nothing. `width` cuts the last column so that lines fit."""
     if not rows:
         say(empty)
         return
     cells = [[str("" if v is None else v) for v in row.values()] for row in rows]
     heads = [name.upper() for name in rows[0]]
     widths = [max(len(line[n]) for line in [heads, *cells]) for n in range(len(heads))]
+    if width is not None:
+        room = max(width - sum(widths[:-1]) - 2 * len(widths[:-1]), _NARROWEST)
+        cells = [[*line[:-1], line[-1] if len(line[-1]) <= room else line[-1][: room - 1] + "…"] for line in cells]
+        widths[-1] = min(widths[-1], room)
     for line in [heads, *cells]:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 

@@ -3,14 +3,16 @@
 import re
 import sys
 from argparse import Namespace
-from typing import Annotated, Any, TypeVar
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, TypeVar
 from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from sqlalchemy import func, select
+from sqlalchemy import Text, cast, func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
 
 from models import ApiKey, App, Channel, ChannelKind, Route, RouteKind, Tenant
 from models.api_key import SCOPES
@@ -24,7 +26,14 @@ from pombal.settings import require_secrets, settings
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHORTEST_SECRET = 8  # characters; Meta's app secrets have 32
-_TOKEN = re.compile(r"[!-~]([ -~]{0,4094}[!-~])?")  # what a header can carry
+_TOKEN = re.compile(r"[!-~]{1,4096}")  # what a header can carry
+_SHORT_ID = re.compile(r"[0-9a-f]{4,32}")
+
+_MUST_BE = {
+    "messages_per_second": "a number above 0 and at most 100000",
+    "settle_seconds": "a number from 1 to 3600",
+    "default": "true or false",
+}  # what is not a text
 
 C = TypeVar("C", bound="SendingConfig")
 
@@ -42,6 +51,8 @@ class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     default              whether it serves requests that name no channel
     """
 
+    example: ClassVar[str] = '{"messages_per_second": 80}'
+
     messages_per_second: Annotated[float, msgspec.Meta(gt=0, le=100_000)] | UnsetType | None = UNSET
     on_unknown: str | UnsetType | None = UNSET
     settle_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] | UnsetType | None = UNSET
@@ -58,6 +69,8 @@ class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class MetaConfig(SendingConfig, forbid_unknown_fields=True, kw_only=True):
     """`--config` of a Meta channel. Without `app_secret` it shares the default app, at `/webhooks/whatsapp`."""
+
+    example: ClassVar[str] = '{"phone_number_id": "…", "waba_id": "…"}'
 
     phone_number_id: str
     waba_id: str
@@ -114,6 +127,33 @@ def add_key(tenant_id: UUID, name: str, scopes: tuple[str, ...] = SCOPES) -> tup
     return key, text
 
 
+def list_keys(given: Namespace) -> int:
+    """Their names and what they may do; the keys themselves are nowhere."""
+    tenant = tenant_named(given.tenant)
+    with db.session([tenant.id]) as s:
+        rows = list(s.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant.id).order_by(ApiKey.id)))
+    if given.json:
+        names = ("id", "name", "scopes", "created_at", "last_used_at", "revoked_at")
+        as_json([{name: getattr(row, name) for name in names} for row in rows])
+        return 0
+    shown: list[dict[str, object]] = [
+        {
+            "id": row.id,
+            "name": row.name,
+            "last used": _minute(row.last_used_at) or "never",
+            "revoked": _minute(row.revoked_at),
+            "scopes": " ".join(row.scopes),
+        }
+        for row in rows
+    ]
+    table(shown, empty="no keys")
+    return 0
+
+
+def _minute(at: datetime | None) -> str | None:
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if at else None
+
+
 def revoke_key(given: Namespace) -> int:
     tenant = tenant_named(given.tenant)
     with db.session([tenant.id]) as s:
@@ -135,11 +175,24 @@ def create_channel(given: Namespace) -> int:
 
 
 def decoded(config: str, into: type[C]) -> C:
-    """What `--config` says. Raises `Refused` with the field's name and what it may be."""
+    """What `--config` says. Raises `Refused` with the field's name and what it may be, without repeating a value."""
     try:
         return msgspec.json.decode(config, type=into)
-    except msgspec.DecodeError as error:
-        raise Refused(f"--config: {error}") from None
+    except msgspec.ValidationError as error:
+        raise Refused(f"--config: {_explained(str(error), into)}") from None
+    except (msgspec.DecodeError, UnicodeError):
+        raise Refused(f"--config is not JSON; it looks like {into.example}") from None
+
+
+def _explained(said: str, into: type[SendingConfig]) -> str:
+    """msgspec's message in words of ours."""
+    if match := re.search(r"unknown field `(.*)`", said, re.DOTALL):
+        return f"{match[1]} is not known here; there are {', '.join(into.__struct_fields__)}"
+    if match := re.search(r"missing required field `(.*)`", said):
+        return f"{match[1]} is required"
+    if match := re.search(r" - at `\$\.([a-z_]+)`", said):
+        return f"{match[1]} must be {_MUST_BE.get(match[1], 'a text')}"
+    return "must be an object"
 
 
 def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Channel, App]:
@@ -176,8 +229,10 @@ def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Cha
 
 def usable_token(text: str) -> str:
     """An access token that can go into a header. Raises `Refused`, without repeating it."""
+    if re.search(r"\s", text):
+        raise Refused("access_token has a blank in it: give the token alone, in one piece")
     if not _TOKEN.fullmatch(text):
-        raise Refused("access_token must be printable ASCII without blanks around it, at most 4096 characters")
+        raise Refused("access_token must be printable ASCII, at most 4096 characters")
     return text
 
 
@@ -264,12 +319,30 @@ def tenant_named(name: str) -> Tenant:
 
 
 def channel_named(tenant: Tenant, name: str) -> Channel:
-    """A tenant's channel by its name. Raises `Refused`."""
+    """A tenant's channel by its name, or else as `channel_with_id` knows it. Raises `Refused`."""
     with db.session([tenant.id]) as s:
-        found = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == name)).first()
+        own = Channel.tenant_id == tenant.id
+        found = s.scalars(select(Channel).where(own, Channel.name == name)).first()
+        found = found or channel_with_id(s, name, own)
     if found is None:
         raise Refused(f"{tenant.slug} has no channel {name}")
     return found
+
+
+def channel_with_id(s: Session, text: str, *where: ColumnElement[bool]) -> Channel | None:
+    """The channel, among those in sight, whose id is this text or begins or ends with it.
+
+    Raises `Refused` when that is several.
+    """
+    wanted = text.replace("-", "").lower()
+    if not _SHORT_ID.fullmatch(wanted):
+        return None
+    shown = func.replace(cast(Channel.id, Text), "-", "")
+    query = select(Channel).where(or_(shown.startswith(wanted), shown.endswith(wanted)), *where)
+    found = list(s.scalars(query.limit(2)))
+    if len(found) > 1:
+        raise Refused(f"several channels' ids begin or end with {text}: give more of it, or TENANT/NAME")
+    return found[0] if found else None
 
 
 def _uuid(text: str) -> UUID:

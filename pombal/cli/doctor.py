@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import redis
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from pombal import db
@@ -21,12 +21,12 @@ _MOST_NAMES = 10
 
 
 class Finding(NamedTuple):
-    level: Literal["ok", "warning", "error"]
+    level: Literal["ok", "note", "warning", "error"]
     what: str
 
 
 def doctor(given: Namespace) -> int:
-    """Exit code 1 when there is an error; warnings alone are 0."""
+    """Exit code 1 when there is an error; warnings and notes alone are 0."""
     findings = [*_python(), *_secrets(), *_graph(), *_postgres(), *_redis(), *_procfile()]
     if given.json:
         as_json([finding._asdict() for finding in findings])
@@ -78,6 +78,7 @@ def _postgres() -> Iterator[Finding]:
                 yield from _unreadable_secrets()
                 yield from _without_token()
             yield from _held()
+            yield from _left_to_people()
     except Misconfigured as error:
         yield Finding("error", str(error))
     except DBAPIError as error:
@@ -144,6 +145,26 @@ def _held() -> Iterator[Finding]:
         ]
     if held:
         yield Finding("warning", f"sending is held (`pombal lanes`): {_some(held)}")
+
+
+def _left_to_people() -> Iterator[Finding]:
+    """What is sound and nevertheless wants to be looked at."""
+    from models import DeadLetter, Lane
+    from models.dead_letter import LetterState
+
+    with db.session() as s:
+        db.see_all(s)
+        letters = s.scalar(select(func.count()).select_from(DeadLetter).where(DeadLetter.state == LetterState.OPEN))
+        unknown = Lane.waiting(s).unknown
+    if letters:
+        yield Finding("note", f"{letters} dead {_plural('letter', letters)} open (`pombal dead list --grouped`)")
+    if unknown:
+        what = f"{unknown} {_plural('message', unknown)} unknown: sent, perhaps; a status settles it, or somebody does"
+        yield Finding("note", f"{what} (`pombal lanes`, `pombal dead list`)")
+
+
+def _plural(word: str, number: int) -> str:
+    return f"{word} is" if number == 1 else f"{word}s are"
 
 
 def _some(names: list[str]) -> str:

@@ -1,20 +1,26 @@
 """Lanes: how sending goes on each channel, and an operator's word to hold one or to let it go on."""
 
+import re
+import shutil
+import sys
 from argparse import Namespace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import redis
-from sqlalchemy import RowMapping, select
+from sqlalchemy import RowMapping, func, select
 from sqlalchemy.orm import Session
 
-from models import Channel, Event, Hold, Lane, Tenant
+from models import Channel, DeadLetter, Event, Hold, Lane, Message, MessageStatus, Tenant
+from models.dead_letter import LetterState
 from pombal import db
 from pombal.cli import as_json, say, table
-from pombal.cli.admin import Refused, channel_named, tenant_named
+from pombal.cli.admin import Refused, channel_named, channel_with_id, tenant_named
 
 _LONGEST_REASON = 500
+_USUAL_RATE = 80.0  # messages a second of a number whose channel says nothing else (whatsapp-cloud-api.md §10)
+_NO_SUCH_OBJECT = "100"  # as a hold: the number is not there for this token (§13)
 
 
 def lanes(given: Namespace) -> int:
@@ -29,21 +35,57 @@ def lanes(given: Namespace) -> int:
     if given.json:
         as_json(rows)
     else:
-        table([_line(row) for row in rows], empty="no lanes: nothing was ever to be sent")
+        table([_line(row) for row in rows], empty="no lanes: nothing was ever to be sent", width=_width())
     return 0
 
 
 def _rows(s: Session) -> list[dict[str, Any]]:
     slugs = {row.id: row.slug for row in s.execute(select(Tenant.id, Tenant.slug))}
-    sent = Lane.sent_lately(s)
-    found = [shown(row) | {"tenant": slugs[row["tenant_id"]]} for row in Lane.overview(s)]
+    sent, more = Lane.sent_lately(s), _more(s)
+    found = [
+        shown(row, more[row["channel_id"]]) | {"tenant": slugs[row["tenant_id"]]}
+        for row in Lane.overview(s)
+        if row["channel_id"] in more
+    ]
     for row in found:
         row["sent_last_minute"] = sent.get(row["id"], 0)
         row["per_second"] = round(row["sent_last_minute"] / 60, 2)
     return sorted(found, key=lambda row: (row["tenant"], row["channel"]))
 
 
-def shown(row: RowMapping) -> dict[str, Any]:
+class More(NamedTuple):
+    """What else an operator asks about a lane.
+
+    rate      messages a second that its number is allowed; None for what all are
+    misses    points in a row that speak for an outage
+    slowed_by the code of the last pause
+    asked     unknown messages that wait for an operator: each has an open dead letter
+    """
+
+    rate: float | None
+    misses: int
+    slowed_by: str | None
+    asked: int
+
+
+def _more(s: Session) -> dict[UUID, More]:
+    waits = (DeadLetter.state == LetterState.OPEN, Message.status == MessageStatus.UNKNOWN)
+    letters = select(Message.channel_id, func.count()).join(
+        DeadLetter, (DeadLetter.tenant_id == Message.tenant_id) & (DeadLetter.message_id == Message.id)
+    )
+    asked = {channel_id: count for channel_id, count in s.execute(letters.where(*waits).group_by(Message.channel_id))}
+    query = select(Lane.channel_id, Lane.misses, Lane.pause_code, Channel.config).join(
+        Channel, (Channel.tenant_id == Lane.tenant_id) & (Channel.id == Lane.channel_id)
+    )
+    return {
+        row.channel_id: More(
+            row.config.get("messages_per_second"), row.misses, row.pause_code, asked.get(row.channel_id, 0)
+        )
+        for row in s.execute(query)
+    }
+
+
+def shown(row: RowMapping, more: More) -> dict[str, Any]:
     """One lane of `Lane.overview` for operators."""
     hold = {
         "kind": row["hold"],
@@ -62,22 +104,26 @@ def shown(row: RowMapping) -> dict[str, Any]:
         "scheduled": row["scheduled"],
         "sending": row["sending"],
         "unknown": row["unknown"],
+        "unknown_for_operator": more.asked,
         "oldest_seconds": None if row["oldest_queued"] is None else round(row["oldest_queued"], 1),
         "sent_last_minute": None,
         "per_second": None,
+        "messages_per_second": _USUAL_RATE if more.rate is None else more.rate,
         "hold": hold if row["hold"] else None,
         "paused_until": row["paused_until"],
         "pause_code": row["pause_code"],
+        "last_pause_code": more.slowed_by,
         "pace": row["pace"],
+        "misses": more.misses,
         "lease_seconds": None if row["lease"] is None else round(row["lease"], 1),
     }
 
 
 def _line(row: dict[str, Any]) -> dict[str, object]:
     """The same for a terminal's width."""
-    oldest, lease = row["oldest_seconds"], row["lease_seconds"]
+    oldest, rate = row["oldest_seconds"], row["messages_per_second"]
     return {
-        "channel": f"{row['tenant']}/{row['channel']}",  # as `hold` and `resume` take it
+        "channel": f"{row['tenant']}/{row['channel']}",  # as `hold` and `resume` take it, and the next one too
         "id": row["id"].hex[-8:],
         "state": row["state"],
         "queued": row["queued"],
@@ -85,28 +131,40 @@ def _line(row: dict[str, Any]) -> dict[str, object]:
         "sending": row["sending"],
         "unknown": row["unknown"],
         "oldest": None if oldest is None else f"{oldest:.0f}s",
-        "rate": f"{row['per_second']:g}/s",
-        "pace": f"{row['pace']:.0%}",
-        "lease": None if lease is None else f"{lease:.0f}s",
+        "rate": f"{row['per_second']:g}/s" + ("" if rate == _USUAL_RATE else f" of {rate:g}"),
         "why": _why(row),
     }
 
 
 def _why(row: dict[str, Any]) -> str:
-    """What keeps it from sending."""
-    parts = []
+    """What keeps it from sending, or from sending as fast as it may; the provider's own words come last."""
+    parts, last = [], ""
     if hold := row["hold"]:
         code = f" {hold['code']}" if hold["code"] else ""
-        parts.append(f"{hold['kind']}{code} since {_minute(hold['since'])}: {hold['text']}")
+        doubt = " (or the phone_number_id is wrong)" if hold["code"] == _NO_SUCH_OBJECT else ""
+        parts.append(f"{hold['kind']}{code} since {_minute(hold['since'])}{doubt}")
         if hold["next_probe_at"]:
             parts.append(f"{hold['probes']} probes, next {_minute(hold['next_probe_at'])}")
+        last = f" — {hold['text']}"
     if row["paused_until"]:
         parts.append(f"paused until {_minute(row['paused_until'])} by {row['pause_code']}")
-    return "; ".join(parts)
+    if row["unknown_for_operator"]:
+        parts.append(f"{row['unknown_for_operator']} unknown: see `pombal dead list`")
+    if row["misses"] and not hold:
+        parts.append(f"no good answer to the last calls (misses: {row['misses']}): few at a time")
+    if row["pace"] < 1:
+        cause = f" after {row['last_pause_code']}" if row["last_pause_code"] else ""
+        parts.append(f"at {row['pace']:.0%} of its rate{cause}, rising")
+    return "; ".join(parts) + last
 
 
 def _minute(at: datetime) -> str:
     return at.isoformat(timespec="seconds")
+
+
+def _width() -> int | None:
+    """Of the terminal; None where the output goes to a file or another program, which gets all of it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def hold(given: Namespace) -> int:
@@ -152,18 +210,16 @@ def ring(*channel_ids: UUID) -> None:
 
 
 def _channel(name: str) -> tuple[UUID, UUID]:
-    """The tenant's and the channel's id, by `TENANT/NAME` or by the channel's id."""
+    """The tenant's and the channel's id, by `TENANT/NAME`, by the channel's id, or by the beginning or end of it."""
     slug, slash, rest = name.partition("/")
     if slash:
         channel = channel_named(tenant_named(slug), rest)
         return channel.tenant_id, channel.id
-    try:
-        id_ = UUID(name)
-    except ValueError:
-        raise Refused(f"{name} is neither a channel's id nor TENANT/NAME") from None
+    if not re.fullmatch(r"[0-9A-Fa-f-]{4,36}", name):
+        raise Refused(f"{name} is neither a channel's id nor TENANT/NAME")
     with db.session() as s:
         db.see_all(s)
-        row = s.execute(select(Channel.tenant_id, Channel.id).where(Channel.id == id_)).first()
-    if row is None:
+        found = channel_with_id(s, name)
+    if found is None:
         raise Refused("there is no such channel")
-    return row.tenant_id, row.id
+    return found.tenant_id, found.id

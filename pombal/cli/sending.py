@@ -21,6 +21,7 @@ from pombal.cli.admin import (
 from pombal.cli.lanes import ring
 from pombal.settings import require_secrets
 
+_MOST_READ = 64 * 1024
 _SHORTEST_TOKEN = 8  # characters; Meta's have some two hundred
 
 
@@ -28,7 +29,8 @@ def token(given: Namespace) -> int:
     """A new access token, from standard input. What was held for the old one is tried again at once."""
     require_secrets()
     channel = channel_named(tenant_named(given.tenant), given.name)
-    text = sys.stdin.readline().strip()
+    # All of a file or pipe: a token that was broken in two must not pass as its half.
+    text = (sys.stdin.readline() if sys.stdin.isatty() else sys.stdin.read(_MOST_READ)).strip()
     if len(text) < _SHORTEST_TOKEN:
         raise Refused(f"the access token on standard input is shorter than {_SHORTEST_TOKEN} characters")
     usable_token(text)

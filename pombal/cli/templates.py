@@ -60,7 +60,8 @@ def sync(given: Namespace) -> int:
             for one in heard
             for status, number in sorted(counts.get(one.account.waba_id, {}).items())
         ]
-        table(rows, empty="no templates")
+        if rows or not any(one.error for one in heard):
+            table(rows, empty="no templates")
     failed = [f"{one.account.name}: {one.error}" for one in heard if one.error is not None]
     if failed:
         raise Refused("; ".join(failed))

@@ -40,6 +40,17 @@ if TYPE_CHECKING:
 _PROCESSES = ("sandbox", "web", "worker", "clock")
 _SANDBOX_PORT = 9010
 _PERSON = "5511944440001"
+# What the simulated Meta has approved of the demo channel, and what it has not.
+_TEMPLATES = [
+    {"name": name, "language": language, "status": status, "category": category}
+    for name, language, status, category in (
+        ("order_update", "pt_BR", "APPROVED", "UTILITY"),
+        ("order_update", "en_US", "APPROVED", "UTILITY"),
+        ("welcome", "pt_BR", "APPROVED", "MARKETING"),
+        ("summer_sale", "pt_BR", "REJECTED", "MARKETING"),
+        ("delivery_delay", "pt_BR", "PAUSED", "UTILITY"),
+    )
+]
 
 
 def up(given: Namespace) -> int:
@@ -179,7 +190,7 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
             "url": f"{base_url}/webhooks/whatsapp",
             "app_secret": channel["app_secret"],
             "verify_token": channel["verify_token"],
-            "channels": [{name: channel[name] for name in names}],
+            "channels": [{name: channel[name] for name in names} | {"templates": _TEMPLATES}],
         }
         for channel in channels
     ]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pombal.errors import Rejected
-from providers.inbound import Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
+from providers.inbound import Called, Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
 from providers.meta import parse
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -602,6 +602,81 @@ def test_an_echo_to_nobody_is_rejected() -> None:
     assert reject(body) == Reject(f"{VALUE}.message_echoes[0]", "no recipient")
 
 
+def a_call(**keys: Any) -> dict[str, Any]:
+    base = {
+        "id": "wacid.1",
+        "from": "5511944440001",
+        "to": "5511955550100",
+        "event": "connect",
+        "timestamp": "1788000001",
+        "direction": "USER_INITIATED",
+        "session": {"sdp_type": "offer", "sdp": "v=0"},
+    }
+    return {key: value for key, value in (base | keys).items() if value is not ...}
+
+
+def test_a_users_call_is_a_call_and_a_notice() -> None:
+    contacts = [{"wa_id": "5511944440001", "user_id": "BR.1", "profile": {"name": "Bia"}}]
+    value = a_value(calls=[a_call()], contacts=contacts)
+
+    (change,) = read(a_body(value, field="calls")).changes
+
+    notice, made = change.items
+    assert change.number == NUMBER
+    assert isinstance(notice, Notice)
+    assert (notice.type, notice.payload) == ("calls", value)
+    person = Person((("bsuid", "BR.1"), ("phone", "5511944440001")), "Bia")
+    assert made == Called(f"{VALUE}.calls[0]", person, datetime.fromtimestamp(1788000001, UTC))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"direction": "BUSINESS_INITIATED"},
+        {"direction": ...},
+        {"direction": ["USER_INITIATED"]},
+        {"event": "terminate"},
+        {"event": ...},
+    ],
+)
+def test_what_else_is_said_of_calls_is_only_a_notice(keys: dict[str, Any]) -> None:
+    (made,) = items(a_body(a_value(calls=[a_call(**keys)]), field="calls"))
+
+    assert isinstance(made, Notice)
+
+
+@pytest.mark.parametrize("value", [{"statuses": [{"id": "wacid.1", "type": "call", "status": "RINGING"}]}, {}])
+def test_a_report_on_a_call_is_only_a_notice(value: dict[str, Any]) -> None:
+    (made,) = items(a_body(a_value(**value), field="calls"))
+
+    assert isinstance(made, Notice)
+
+
+@pytest.mark.parametrize(
+    ("calls", "path", "reason"),
+    [
+        ("ring", "calls", "not a list"),
+        ([a_call(), "ring"], "calls[1]", "not an object"),
+        ([a_call(), a_call(**{"from": ...})], "calls[1]", "no sender"),
+        ([a_call(), a_call(**{"from": [1]})], "calls[1]", "from is not text"),
+        ([a_call(), a_call(timestamp="yesterday")], "calls[1]", "no timestamp"),
+        ([a_call(), a_call(timestamp=253_402_300_799)], "calls[1]", "no timestamp"),
+    ],
+)
+def test_a_bad_call_is_rejected_alone_and_the_notice_kept(calls: Any, path: str, reason: str) -> None:
+    parsed = read(a_body(a_value(calls=calls), field="calls"))
+
+    assert parsed.rejects == [Reject(f"{VALUE}.{path}", reason)]
+    kinds = [type(item) for item in parsed.changes[0].items]
+    assert kinds == ([Notice] if path == "calls" else [Notice, Called])
+
+
+def test_a_call_to_no_number_of_ours_is_only_a_notice() -> None:
+    (made,) = items(a_body({"calls": [a_call()]}, field="calls"))
+
+    assert isinstance(made, Notice)
+
+
 # -- B1: nothing readable --------------------------------------------------------------------------------------------
 
 
@@ -827,6 +902,7 @@ ODD_TIMES: list[Any] = [
     "9" * 4400,
     999_999_999_999,
     253_402_300_800_000,
+    253_402_300_799,  # the last second that a date can have: what is due a day later could not be said
     1788000001.5,
     True,
     [],
@@ -888,6 +964,7 @@ def full_bodies() -> list[Any]:
         a_body(a_value(message_echoes=[a_message(to="1", to_user_id="BR.1")]), field="smb_message_echoes"),
         a_body(a_template_status(), field="message_template_status_update", time=1788000000),
         a_body(a_value(history=[{"threads": []}]), field="history", time=1788000000),
+        a_body(a_value(calls=[a_call(), a_call(from_user_id="BR.1")], contacts=contacts), field="calls"),
     ]
     return copy.deepcopy(bodies)
 

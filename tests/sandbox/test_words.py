@@ -9,7 +9,10 @@ import pytest
 
 from pombal.cli import main
 from pombal.settings import settings
+from sandbox import client
 from sandbox.config import Channel
+from sandbox.faults import BEFORE
+from sandbox.kinds import KINDS
 from tests.sandbox.servers import a_meta
 from tests.sandbox.test_graph import a_text, accepted, refused
 
@@ -74,8 +77,47 @@ def test_clearing_comes_before_setting(terminal: Terminal, control: str) -> None
     assert (fault["kind"], fault["share"], fault["seconds"]) == ("outage", 0.5, 60)
 
 
-def test_a_fault_nobody_knows_is_explained(terminal: Terminal, control: str) -> None:
-    assert "meteor" in terminal.refused("faults", "meteor")
+def test_a_fault_nobody_knows_is_answered_with_those_that_there_are(
+    control: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sandbox", "faults", "meteor"])
+    with pytest.raises(client.SandboxError) as refused:
+        client.faults(control, "meteor")
+
+    assert ended.value.code == 2
+    for said in (capsys.readouterr().err, str(refused.value)):
+        assert "'meteor'" in said
+        assert [kind for kind in KINDS if kind not in said] == []
+
+
+def test_help_has_a_line_for_each_kind_of_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sandbox", "faults", "--help"])
+
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [kind for kind, does in KINDS.items() if f"{kind} {does}" not in lines] == []
+    assert any(line.startswith("--clear") for line in lines)
+    assert set(KINDS) >= BEFORE
+
+
+def test_every_kind_of_fault_can_be_set(control: str) -> None:
+    for kind in KINDS:
+        client.faults(control, kind)
+
+    assert [fault["kind"] for fault in client.faults(control)["faults"]] == list(KINDS)
+
+
+def test_clearing_the_calls_sets_the_count_of_statuses_to_zero(terminal: Terminal, control: str) -> None:
+    client.rules(control, statuses={"words": ["sent", "delivered"], "delay": [0, 0]})
+    send(control)
+    while (statuses := client.summary(control)["statuses"])["waiting"]:
+        pass
+    assert statuses["sent"] == 2
+
+    assert terminal("calls", "--clear") == "nothing was sent\n"
+
+    assert client.summary(control)["statuses"] == {"waiting": 0, "sent": 0}
 
 
 def test_rules_are_set_and_shown(terminal: Terminal, control: str) -> None:

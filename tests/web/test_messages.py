@@ -18,7 +18,7 @@ from models import ApiKey, Attempt, Hold, Lane, Template, outgoing
 from pombal.cli import admin
 from pombal.ids import uuid7
 from pombal.supervisor import until
-from tests.factories import Shop, a_delivery, a_shop, a_wamid, rows, seen_by, statuses, superuser, texts
+from tests.factories import Shop, a_delivery, a_shop, a_wamid, body_of, rows, seen_by, statuses, superuser, texts
 from tests.web.island import Island, an_island, frozen
 from tests.web.process import Web, running
 from workers import incoming_message
@@ -536,6 +536,17 @@ def test_outside_the_window_only_templates_and_messages_for_later_are_taken(cust
     customer.sent()
 
 
+def test_a_call_opens_the_window_as_well(customer: Customer) -> None:
+    heard(customer.shop, a_wamid(), ago=25 * 3600)
+    assert customer.sends().status_code == 422
+    call = {"id": "wacid.1", "from": TO[1:], "event": "connect", "direction": "USER_INITIATED"}
+    body = body_of(customer.shop, {"calls": [call | {"timestamp": str(int(time.time()))}]}, field="calls")
+
+    incoming_message([str(a_delivery(customer.shop, body))])
+
+    assert customer.sends().status_code == 202
+
+
 def test_where_no_window_is_known_the_provider_decides(customer: Customer) -> None:
     customer.sent()
     customer.sent()
@@ -586,7 +597,7 @@ def test_a_queued_message_is_shown_as_it_is(customer: Customer) -> None:
         "error": None,
         "pricing": None,
         "conversation": None,
-        "waiting": None,
+        "waiting": {"reason": "line", "ahead": 0, "is_sending": False},
     }
 
 
@@ -648,7 +659,7 @@ def test_an_incoming_message_is_shown_too(customer: Customer) -> None:
 def test_what_a_message_waits_for_is_said(customer: Customer) -> None:
     id_ = customer.sent()
     lane = {"channel_id": customer.shop.channel.id}
-    assert customer.looks(id_)["waiting"] is None
+    assert customer.looks(id_)["waiting"] == {"reason": "line", "ahead": 0, "is_sending": False}
 
     behind = customer.sent()
     assert customer.looks(behind)["waiting"] == {"reason": "behind_another"}
@@ -688,6 +699,31 @@ def test_a_message_whose_fate_is_unknown_says_until_when(customer: Customer) -> 
     assert (shown["status"], shown["waiting"]["reason"]) == ("unknown", "settling")
     assert datetime.fromisoformat(shown["waiting"]["until"]) > datetime.now(UTC)
     assert shown["attempts"][0]["outcome"] == "unknown"
+
+
+def test_a_message_whose_fate_stays_unknown_waits_for_an_operator(customer: Customer) -> None:
+    id_ = customer.sent()
+    attempt(customer.shop, id_)
+    with seen_by(customer.shop) as s:
+        s.execute(text("UPDATE message SET status = 'unknown', due_at = NULL WHERE id = :id"), {"id": id_})
+
+    assert customer.looks(id_)["waiting"] == {
+        "reason": "operator",
+        "text": "it may have been sent: an operator decides whether it is sent again",
+    }
+
+
+def test_a_message_that_is_sent_again_was_not_scheduled(customer: Customer) -> None:
+    id_ = customer.sent()
+    with seen_by(customer.shop) as s:
+        s.execute(text("UPDATE message SET status = 'failed', due_at = NULL WHERE id = :id"), {"id": id_})
+
+    with seen_by(customer.shop) as s:
+        assert outgoing.again(s, customer.shop.tenant.id, uuid.UUID(id_))
+
+    assert customer.row(id_)["turn_at"] > customer.row(id_)["created_at"]
+    shown = customer.looks(id_)
+    assert (shown["status"], shown["not_before"], shown["waiting"]["reason"]) == ("queued", None, "line")
 
 
 # ----------------------------------------------------------------------------------------------------------- cancelling

@@ -102,6 +102,18 @@ def locked(table: str) -> Iterator[Callable[[], None]]:
         yield release
 
 
+@contextlib.contextmanager
+def locked_rows(table: str, *shops: Shop) -> Iterator[None]:
+    """Nobody changes the one row that each of these shops' channels has there, until the block ends."""
+    with superuser() as connection:
+        connection.execute("BEGIN")
+        ids = [shop.channel.id for shop in shops]
+        found = connection.execute(f"SELECT FROM {table} WHERE channel_id = ANY(%s) FOR UPDATE", [ids])
+        assert found.rowcount == len(ids)
+        yield
+        connection.execute("COMMIT")
+
+
 def is_waiting_for_a_lock() -> bool:
     with superuser() as connection:
         found = connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()
@@ -496,6 +508,36 @@ def test_a_lock_that_is_held_ends_the_flush_and_not_the_writer() -> None:
     with_outbox(wait)
 
     assert [row["body"] for row in messages(shop)] == [{"text": {"body": "later"}}]
+
+
+@pytest.mark.parametrize(("tenants", "held", "table"), [(2, 1, "lane"), (20, 3, "lane"), (20, 3, "conversation")])
+def test_rows_that_are_held_cost_the_tenants_of_others_nothing(tenants: int, held: int, table: str) -> None:
+    shops = [a_shop() for _ in range(tenants)]
+    to = a_number()
+    for shop in shops:
+        queued(shop, ask(shop, to=to))
+
+    async def all_(outbox: Outbox) -> list[list[Queued | BaseException]]:
+        found = []
+        for _ in range(3):  # in the next ones it is known already
+            tasks = [  # so patient that none ends by itself
+                outbox.queue(shop.tenant.id, ask(shop, to=to), None, "", 100, patience=60)
+                for shop in shops
+                for _ in range(2)
+            ]
+            found.append(await asyncio.gather(*tasks, return_exceptions=True))
+        return found
+
+    async def one_after_the_other(outbox: Outbox) -> list[list[Queued | BaseException]]:
+        with locked_rows(table, *shops[-held:]):
+            while_held = await all_(outbox)
+        return while_held + await all_(outbox)
+
+    answers = with_outbox(one_after_the_other)
+
+    good, bad = [Queued] * 2 * (tenants - held), [Unreachable] * 2 * held
+    assert [[type(answer) for answer in flush] for flush in answers] == [good + bad] * 3 + [[Queued] * 2 * tenants] * 3
+    assert [len(messages(shop)) for shop in shops] == [13] * (tenants - held) + [7] * held
 
 
 def test_memory_has_a_limit_for_one_tenant_and_it_is_given_back() -> None:

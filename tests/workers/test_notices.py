@@ -11,6 +11,7 @@ from sandbox import meta
 from tests.factories import Shop, a_shop, body_of, delivery, rows, texts
 from tests.workers.tools import (
     another_number,
+    contacts,
     deliveries,
     letters,
     message,
@@ -23,6 +24,7 @@ from tests.workers.tools import (
 )
 
 AT = 1_788_000_000
+CALLER = "5511984440001"
 
 
 # -- templates -------------------------------------------------------------------------------------------------------
@@ -177,6 +179,42 @@ def test_a_customers_message_opens_the_window_for_a_day_and_an_older_one_does_no
     }
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5], ids=str)
+@pytest.mark.parametrize("at_once", [False, True], ids=["one after the other", "in one batch"])
+def test_a_customers_call_opens_the_window_as_a_message_does(order: Sequence[int], at_once: bool) -> None:
+    shop = a_shop()
+    early, late = a_call(shop, AT), a_call(shop, AT + 7200)
+    bodies = [texts(shop, "wamid.1", from_=CALLER, at=AT + 3600), early, late, late]
+
+    for job in [[bodies[n] for n in order]] if at_once else [[bodies[n]] for n in order]:
+        run(deliveries(shop, job))
+
+    (conversation,) = rows(shop, "SELECT window_until, last_message_at, unread_count FROM conversation")
+    assert conversation == {
+        "window_until": moment(AT + 7200) + timedelta(days=1),
+        "last_message_at": moment(AT + 3600),
+        "unread_count": 1,
+    }
+    assert len(contacts(shop)) == len(messages(shop)) == 1
+    assert len(rows(shop, "SELECT FROM event WHERE type = 'calls'")) == 2
+
+
+def test_somebody_who_calls_before_they_write_is_a_contact_with_a_conversation() -> None:
+    shop = a_shop()
+
+    run(deliveries(shop, [a_call(shop, AT)]))
+
+    assert [contact["name"] for contact in contacts(shop)] == ["Bia"]
+    (conversation,) = rows(shop, "SELECT window_until, last_message_at, unread_count, status FROM conversation")
+    assert conversation == {
+        "window_until": moment(AT) + timedelta(days=1),
+        "last_message_at": None,
+        "unread_count": 0,
+        "status": "open",
+    }
+    assert messages(shop) == []
+
+
 def test_a_new_message_opens_a_closed_conversation_and_a_repeated_one_does_not() -> None:
     shop = a_shop()
     run(deliveries(shop, [texts(shop, "wamid.1")]))
@@ -277,6 +315,22 @@ def verdict(shop: Shop, event: str, at: int) -> bytes:
     if event == "REJECTED":
         value["reason"] = "ABUSIVE_CONTENT"
     return body_of(shop, value, field="message_template_status_update", time=at)
+
+
+def a_call(shop: Shop, at: int) -> bytes:
+    value = {
+        "contacts": [meta.contact(CALLER, "Bia")],
+        "calls": [
+            {
+                "id": f"wacid.{at}",
+                "from": CALLER,
+                "event": "connect",
+                "direction": "USER_INITIATED",
+                "timestamp": str(at),
+            }
+        ],
+    }
+    return body_of(shop, value, field="calls")
 
 
 def notice(shop: Shop, field: str, time: int = AT) -> bytes:
