@@ -164,7 +164,7 @@ def test_a_receipt_whose_process_died_is_simply_sent_again_and_holds_up_nobody(m
 
     assert [message(meta.shop, id_)["status"] for id_ in (receipt, after)] == ["sent", "sent"]
     assert [attempt["outcome"] for attempt in attempts(meta.shop, receipt)] == ["unknown", "accepted"]
-    assert (client.summary(meta.url)["reads"], meta.accepted(), letters(meta.shop)) == (1, ["depois"], [])
+    assert (client.summary(meta.url)["reads"], meta.accepted()[1:], letters(meta.shop)) == (1, ["depois"], [])
 
 
 def test_a_call_whose_slot_passed_while_its_process_stood_still_does_not_leave(
@@ -500,14 +500,13 @@ def many(shop: Shop, count: int, recipients: int) -> None:
             connection.execute(order, given)
 
 
-def read_of_messages(shop: Shop, statement: Any, **values: Any) -> int:
-    """How many rows of `message` the statement looks at, as the lane runs it."""
+def looked_at(shop: Shop, statement: Any, **values: Any) -> int:
+    """How many rows of messages and conversations the statement looks at, as the lane runs it."""
 
     def read(node: dict[str, Any]) -> float:
         here = 0.0
-        if "Scan" in node["Node Type"] and (
-            node.get("Relation Name") == "message" or "message" in node.get("Index Name", "")
-        ):
+        names = (node.get("Relation Name", ""), node.get("Index Name", ""))
+        if "Scan" in node["Node Type"] and any("message" in name or "conversation" in name for name in names):
             removed = (node.get(f"Rows Removed by {why}", 0) for why in ("Filter", "Index Recheck"))
             here = (node["Actual Rows"] + sum(removed)) * node["Actual Loops"]
         return float(here) + sum(map(read, node.get("Plans", [])))
@@ -524,9 +523,9 @@ def test_the_next_of_a_long_line_are_found_without_reading_it(meta: Meta) -> Non
     many(meta.shop, 5_000, recipients=5_000)
     most = 64
 
-    looked_at = read_of_messages(meta.shop, outgoing._DUE, channel_id=meta.shop.channel.id, most=most)
+    found = looked_at(meta.shop, outgoing._DUE, channel_id=meta.shop.channel.id, most=most)
 
-    assert most <= looked_at <= 5 * most
+    assert most <= found <= 5 * most
 
 
 @pytest.mark.usefixtures("unanalysed")
@@ -534,11 +533,11 @@ def test_the_next_of_a_long_line_are_found_without_reading_it(meta: Meta) -> Non
 def test_whoever_is_next_in_a_conversation_is_woken_without_reading_the_line(meta: Meta, recipients: int) -> None:
     many(meta.shop, 5_000, recipients)
     rows(meta.shop, "UPDATE message SET due_at = NULL WHERE direction = 'out' RETURNING 1")
-    (found,) = rows(meta.shop, "SELECT conversation_id AS id FROM message LIMIT 1")
+    (one,) = rows(meta.shop, "SELECT conversation_id AS id FROM message LIMIT 1")
 
-    looked_at = read_of_messages(meta.shop, outgoing._WAKE, conversations=[found["id"]])
+    found = looked_at(meta.shop, outgoing._WAKE, conversations=[one["id"]])
 
-    assert 1 <= looked_at <= 8
+    assert 1 <= found <= 8
     assert len(rows(meta.shop, "SELECT FROM message WHERE due_at IS NOT NULL")) == 1
 
 
