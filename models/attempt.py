@@ -141,8 +141,8 @@ def attempt_named_in(callback_data: str) -> UUID | None:
     return UUID(hex=match[1]) if match else None
 
 
-# Rows are named twice, by an array beside the join: that alone makes every plan start from the key, also one that was
-# made while the table was empty.
+# Rows are named twice, by an array beside the join, so that a plan starts from them: one that was made while the table
+# was empty would go through all of it for each row. (Before the first ANALYZE it may still read the tenant once.)
 _BEGIN = text(f"""
     WITH begun AS (
         UPDATE message AS m SET status = 'sending', due_at = NULL, attempts = m.attempts + 1,

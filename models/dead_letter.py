@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Index, Select, and_, case, func, select, text
+from sqlalchemy import Index, Select, and_, case, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -23,6 +23,7 @@ class LetterState(StrEnum):
     OPEN = "open"
     RETRIED = "retried"
     DROPPED = "dropped"
+    SETTLED = "settled"  # what it was about has ended well after all
 
 
 class DeadLetter(Dated, Base):
@@ -74,6 +75,13 @@ class DeadLetter(Dated, Base):
             ),
             [unique[key] for key in sorted(unique)],
         )
+
+    @staticmethod
+    def settle(s: Session, message_ids: list[UUID]) -> None:
+        """These messages were sent after all: nobody needs to decide any more."""
+        if message_ids:
+            about = and_(DeadLetter.message_id.in_(message_ids), DeadLetter.state == LetterState.OPEN)
+            s.execute(update(DeadLetter).where(about).values(state=LetterState.SETTLED))
 
     @classmethod
     def open_letters(cls, fingerprint: str | None = None) -> Select["DeadLetter"]:

@@ -99,6 +99,7 @@ def apply_items(
     events = [event for _, event in settled] + told.event_rows(new, risen, notices) + held
     retried, letters = _late.try_again(s, risen)
     Event.append(s, events + retried)  # their ids were made in this order, which is the one they are read in
+    DeadLetter.settle(s, [one.message_id for one, _ in settled if not one.is_double])
     DeadLetter.record(s, letters)
     # Whatever a deferred foreign key has to say belongs to these items, and not to the commit.
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))

@@ -39,6 +39,7 @@ _ALONE = 60.0  # … and while this process has no other: then its settings are 
 _LOOK = 0.5  # seconds between looks at the line while all that goes on is waiting for answers
 _GATHER = 0.02  # … that answers are gathered for, so that they share a commit
 _STRAGGLES = 2.0  # seconds after which a call is not waited for alone
+_HANGS = http.DEADLINE  # … that a slice goes on for at most when it ends with such a call
 _TOO_LATE = 4.0  # … after its slot that a call must not leave any more; less than a lease
 _STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
 _STOP_PATIENCE = 15.0  # … that calls under way are waited for when the process is told to stop
@@ -197,9 +198,9 @@ class Run:
     async def _send_from(self, line: Line, sender: Sender) -> bool:
         began, stop_at = time.monotonic(), None
         while True:
-            is_over = time.monotonic() - began > (_ALONE if self._lanes.is_alone else _SLICE)
-            if is_over and self._has_straggler():  # nobody else could have the lane now, so it may as well go on
-                is_over = False
+            length = _ALONE if self._lanes.is_alone else _SLICE
+            # Nobody else could have the lane while a call hangs, so it may as well go on; but all may be that slow.
+            is_over = time.monotonic() - began > length + (_HANGS if self._has_straggler() else 0.0)
             if self._lanes.stopping:
                 is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
                 if time.monotonic() > stop_at:

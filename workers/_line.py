@@ -256,6 +256,8 @@ class Turn:
         if lane is not None and self.misses != lane["misses"]:
             Lane.missed(s, self._id, self.misses)
         Event.append(s, self.events)
+        if lane is None:  # an answer that came late: somebody may have been asked meanwhile
+            DeadLetter.settle(s, [work.id for work, _ in accepted])
         DeadLetter.record(s, self.letters)
         self._candidates = candidates
         return lane, begun

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -775,6 +776,27 @@ def test_an_address_that_is_not_metas_is_found(servers: Servers) -> None:
 
 def test_the_procfile_serves_what_is_sent() -> None:
     assert "outgoing_message" in procfile_queues()
+
+
+def by_hand(meta: Meta, folder: Path, argument: str, code: int = 0) -> str:
+    """What `pombal run outgoing_message` prints in a terminal that knows nothing but the folder of `up`."""
+    names = ("DATABASE_URL", "DATABASE_OWNER_URL", "REDIS_URL", "POMBAL_SECRET_KEYS", "POMBAL_MODE")
+    written = {name: os.environ[name] for name in names} | {"WHATSAPP_GRAPH_URL": meta.url}
+    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in written.items()))
+    bare = dict.fromkeys(written, "") | {"POMBAL_DATA": str(folder)}
+    return output("-m", "pombal", "run", "outgoing_message", json.dumps([argument]), env=bare, code=code)
+
+
+def test_a_lane_is_sent_from_by_hand_with_the_addresses_that_up_wrote_down(meta: Meta, tmp_path: Path) -> None:
+    queue(meta.shop, "one")
+
+    by_hand(meta, tmp_path, str(meta.shop.channel.id))
+
+    assert (meta.accepted(), statuses(meta.shop)) == (["one"], ["sent"])
+
+
+def test_what_is_no_channels_id_is_refused_in_one_line(meta: Meta, tmp_path: Path) -> None:
+    assert one_line(by_hand(meta, tmp_path, "nonsense", code=1)) == "not the id of a channel"
 
 
 # -------------------------------------------------------------------------------------------------------------- up

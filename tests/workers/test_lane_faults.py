@@ -433,6 +433,23 @@ def test_a_call_that_hangs_when_a_slice_ends_does_not_silence_its_lane(monkeypat
             lanes.stop()
 
 
+def test_a_provider_that_is_always_slow_does_not_keep_a_lane_from_being_given_back(
+    meta: Meta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("_ALONE", 0.5), ("_STRAGGLES", 0.2), ("_HANGS", 0.5)):
+        monkeypatch.setattr(_lanes, name, seconds)
+    configure(meta.shop, messages_per_second=20)
+    client.faults(meta.url, kind="latency", ms=400)
+    for whom in people(200):
+        queue(meta.shop, whom, to=whom)
+
+    with another_process() as (lanes, rung_again):
+        lanes.wake(meta.shop.channel.id).result(PATIENCE)
+
+        assert rung_again == [meta.shop.channel.id]
+    assert set(statuses(meta.shop)) == {"sent", "queued"}
+
+
 def _wake_again(lanes: Lanes, channel_id: UUID) -> None:
     lanes.wake(channel_id)
 

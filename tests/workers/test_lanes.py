@@ -855,6 +855,7 @@ def test_a_channel_may_rather_ask_than_send_again(meta: Meta) -> None:
     assert letter["message_id"] == id_
     report(meta.shop, meta.calls()[0]["wamid"], "delivered", callback=callback(meta.shop, id_))
     assert message(meta.shop, id_)["status"] == "delivered"
+    assert [letter["state"] for letter in letters(meta.shop)] == ["settled"]  # nobody needs to decide any more
 
 
 def test_a_second_lost_answer_is_left_to_a_person(meta: Meta) -> None:
