@@ -268,7 +268,7 @@ class Run:
         if (wait := fire_at - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         # Or the process stood still for so long that somebody else may have the lane by now.
-        if self._lanes.stopping or time.monotonic() - fire_at > _TOO_LATE:
+        if self._lanes.stopping or time.monotonic() - slot > _TOO_LATE:
             self._done.append((work, STOPPED))
             return
         began = time.monotonic()

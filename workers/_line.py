@@ -388,19 +388,16 @@ class Turn:
         probe = next((answer for work, answer in told if work.is_probe), None)
         heeds = [heed for _, answer in told if (heed := _verdicts.heed(answer))]
         holds = [heed for heed in heeds if heed.hold]
-        # An operator's hold that came while a probe was under way is the operator's to end.
-        is_probed = probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR)
         if holds:
             self._hold(s, holds[0], is_probe=is_tried)
-        elif is_probed and lane is not None and probe is not None and _verdicts.misses(probe):
-            held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
-            self._hold(s, held, is_probe=True)
-        elif is_probed and lane is not None and lane["is_hold_of_status"]:
-            # What is wrong is told some time after acceptance: the next probe is the proof that it was not told again.
-            held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
-            self._hold(s, held, is_probe=True)
-        elif is_probed:
-            self._resume(s)
+        elif probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR):
+            # (An operator's hold that came while a probe was under way is the operator's to end.) What a status told
+            # is told some time after acceptance: only the next probe is the proof that it was not told again.
+            if _verdicts.misses(probe) or lane["is_hold_of_status"]:
+                held = Heed(Hold(lane["hold"]), code=lane["hold_code"] or "", reason=lane["hold_reason"] or "")
+                self._hold(s, held, is_probe=True)
+            else:
+                self._resume(s)
         elif self.misses >= _OUTAGE and lane is not None and not lane["hold"]:
             self._hold(s, Heed(Hold.OUTAGE, code="no_answer", reason="the provider does not answer"), is_probe=False)
         for heed in heeds:

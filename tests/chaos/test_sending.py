@@ -47,7 +47,8 @@ def test_a_campaign_is_sent_once_while_its_workers_are_killed(fleet: Fleet) -> N
             until(lambda wanted=wanted: calls(campaign) >= wanted, "more was sent", 120)  # type: ignore[misc] # bound now
             fleet.kill("worker")
             killed += 1
-    assert eventually(campaign.is_over, 200), campaign.story()
+    # Long: two silences in a row, when nothing else is left to probe a lane with, are decided by ever rarer probes.
+    assert eventually(campaign.is_over, 420), campaign.story()
 
     counted = campaign.everything_counts()
     assert counted["hidden"] > 0

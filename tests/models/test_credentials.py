@@ -37,7 +37,7 @@ def test_the_text_of_a_key_is_nowhere_in_its_row() -> None:
     tenant = a_tenant()
     key, text = ApiKey.make(tenant.id, "shop")
 
-    secret = text.rpartition("_")[2]
+    secret = text.split("_", 2)[2]  # it may have an underscore of its own
 
     assert secret.encode() not in key.hash
     assert key.scopes == list(SCOPES)
