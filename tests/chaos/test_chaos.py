@@ -450,7 +450,7 @@ def test_whatever_interrupts_the_first_start_the_next_one_works(tmp_path: Path) 
             young.begin()
             until(lambda step=step: f"{step} …" in young.output, f"{step} has begun")  # type: ignore[misc]
             young.process.send_signal(number)
-            # Python ends itself by the signal, which a shell reads as 130 too, when it fell into an `exec` of a library.
+            # If it falls into an `exec` of a library, Python ends itself by the signal: 130 too, as a shell reads it.
             assert young.process.wait(STOPPED) in (code, -number)
             assert "Traceback" not in young.output
             until(lambda: young.pids() == [], "no orphans are left")
