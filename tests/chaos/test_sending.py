@@ -86,11 +86,53 @@ def test_a_message_that_was_scheduled_leaves_at_its_time_also_after_a_restart(fl
     assert call["at"] >= due.timestamp()
 
 
+def test_one_message_overtakes_another_tenants_crowd(fleet: Fleet) -> None:
+    campaign = Campaign(fleet, tenants=2, channels=2)
+    client.faults(campaign.sandbox, kind="latency", ms=100)
+    crowd, other = campaign.ways
+    campaign.ways = [crowd]
+    fleet.run("lanes", "hold", crowd.id)
+    campaign.ask_for_many(400, recipients=400)
+    fleet.run("lanes", "resume", crowd.id)
+    until(lambda: calls(campaign) > 20, "the crowd is on its way")
+
+    with campaign.connected():
+        campaign.ask(other, "+5511955550000", "the lone one")
+    until(lambda: "the lone one" in texts(campaign), "it has left")
+
+    assert campaign.states()["queued"] > 0
+    assert eventually(campaign.is_over, 120), campaign.story()
+    campaign.everything_counts()
+
+
+def test_four_worker_processes_together_keep_to_a_numbers_rate(fleet: Fleet) -> None:
+    campaign = Campaign(fleet, tenants=1, channels=1)
+    client.clear_faults(campaign.sandbox)
+    client.rules(campaign.sandbox, rate=80)  # it refuses what is too fast, by its own clock
+    for n in range(3):
+        fleet.join(f"sender-{n}", "worker", "outgoing_message")
+    fleet.run("lanes", "hold", campaign.ways[0].id)
+    campaign.ask_for_many(300, recipients=300)
+    fleet.run("lanes", "resume", campaign.ways[0].id)
+    assert eventually(campaign.is_over, 120), campaign.story()
+    for n in range(3):
+        fleet.leave(f"sender-{n}")
+
+    counted = campaign.everything_counts()
+    assert sum(client.summary(campaign.sandbox)["rate_refusals"].values()) == 0
+    assert (counted["accepted"], counted["calls"]) == (300, 300)
+
+
+def texts(campaign: Campaign) -> set[str]:
+    return {call["text"] for call in client.calls(campaign.sandbox, limit=100_000)["calls"]}
+
+
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether it comes true, looked at twice a second."""
     with contextlib.suppress(AssertionError):
         until(condition, "", seconds, pause=0.5)
-    return condition()
+        return True
+    return False
 
 
 def calls(campaign: Campaign) -> int:
