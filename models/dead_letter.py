@@ -90,6 +90,23 @@ class DeadLetter(Dated, Base):
         return query.where(cls.fingerprint == fingerprint) if fingerprint else query
 
 
+def message_letter(message: Any, error: str, cause: str | None) -> dict[str, Any]:
+    """The row of an outgoing message that was given up; `message` has tenant_id, id, channel_id and attempts.
+
+    `error` must not repeat a provider's text, which may name the recipient: that is for the tenant, in the message.
+    """
+    return letter(
+        key=f"message:{message['id']}",
+        actor="outgoing_message",
+        args=[str(message["channel_id"])],
+        tenant_id=message["tenant_id"],
+        message_id=message["id"],
+        error=error,
+        cause=cause,
+        failures=message["attempts"],
+    )
+
+
 def letter(
     *,
     key: str,

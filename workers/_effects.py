@@ -136,13 +136,14 @@ def settle_sends(s: Session, reported: list[RowMapping]) -> list[tuple[Settled, 
     Returns what was settled, each with its event. Needs the lanes' locks: their lines move.
     """
     without = {row["message_id"] for row in reported if row["outcome"] == Outcome.UNKNOWN}
-    outcome = []
+    outcome, freed = [], []
     for row in Attempt.settle(s, reported):
         kind = "sent" if row["is_adopted"] else "sent_twice"
         settled = Settled(row["id"], row["channel_id"], row["id"] in without, not row["is_adopted"])
         outcome.append((settled, outgoing.event(row, kind)))
         outgoing.wake(s, row["tenant_id"], {row["conversation_id"]})
-        Lane.expect(s, [{"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": None}])
+        freed.append({"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": None})
+    Lane.expect(s, freed)
     return outcome
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from models import Lane, MessageStatus, outgoing
-from models.dead_letter import letter
+from models.dead_letter import message_letter
 from providers.meta_errors import late_fault
 from providers.outbound import Answer, Kind, Outcome
 from workers import _verdicts
@@ -38,22 +38,8 @@ def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, A
             ids = {name: row[name] for name in ("tenant_id", "id", "attempt_id")}
             back.append(ids | {"tries": verdict.tries, "throttles": verdict.throttles, "delay": delay})
         elif fault.kind is not Kind.PERMANENT:
-            letters.append(_letter(row))
-    events = []
-    for row in outgoing.take_back(s, back):
-        events.append(outgoing.event(row, MessageStatus.QUEUED))
-        Lane.expect(s, [{"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": row["due_at"]}])
-    return events, letters
-
-
-def _letter(row: RowMapping) -> dict[str, Any]:
-    return letter(
-        key=f"message:{row['id']}",
-        actor="outgoing_message",
-        args=[str(row["channel_id"])],
-        tenant_id=row["tenant_id"],
-        message_id=row["id"],
-        error=f"accepted, and failed later with code {row['error_code']}, after {row['attempts']} attempts",
-        cause=row["error_code"],
-        failures=row["attempts"],
-    )
+            why = f"accepted, and failed later with code {row['error_code']}, after {row['attempts']} attempts"
+            letters.append(message_letter(row, why, row["error_code"]))
+    queued = outgoing.take_back(s, back)
+    Lane.expect(s, [{name: row[name] for name in ("tenant_id", "channel_id", "due_at")} for row in queued])
+    return [outgoing.event(row, MessageStatus.QUEUED) for row in queued], letters

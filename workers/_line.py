@@ -28,7 +28,7 @@ from models import (
     StatusReport,
     outgoing,
 )
-from models.dead_letter import letter
+from models.dead_letter import message_letter
 from pombal import db, log, metrics
 from pombal.ids import uuid7
 from pombal.pace import Grant, Pace
@@ -333,7 +333,7 @@ class Turn:
             elif row["status"] == MessageStatus.UNKNOWN and row["due_at"] is not None:
                 self._say("unknown", "message_unknown", row)
             if verdict.is_given_up:
-                self.letters.append(self._letter(row, verdict))
+                self.letters.append(message_letter(row, _why(row, verdict), verdict.error_code))
 
     def _say(self, outcome: str, event: str, row: RowMapping, **more: Any) -> None:
         labels = {"direction": "out", "provider": self._provider, "outcome": outcome}
@@ -344,21 +344,6 @@ class Turn:
             _log.info(event, **ids, attempt=row["attempts"], **more)
 
         self.said.append(say)
-
-    def _letter(self, row: RowMapping, verdict: Verdict) -> dict[str, Any]:
-        return letter(
-            key=f"message:{row['id']}",
-            actor="outgoing_message",
-            args=[str(self._id)],
-            tenant_id=self._tenant,
-            message_id=row["id"],
-            # A refusal's own text may name its recipient: that is for the tenant, in the message's row.
-            error=verdict.error or ""
-            if verdict.error_code == "no_answer"
-            else f"refused {row['tries']} times, at last with code {verdict.error_code}",
-            cause=verdict.error_code,
-            failures=row["attempts"],
-        )
 
     def _identities(self, accepted: list[tuple[Work, Answer]]) -> Any:
         """What the provider calls a recipient, beside what we called them: webhooks will use those names."""
@@ -371,7 +356,6 @@ class Turn:
 
     def _heed(self, s: Session, lane: RowMapping | None) -> None:
         """Holds, pauses, the pace and the number of calls at once, as the answers demand."""
-        is_tried = False
         told = [(work, answer) for work, answer in self._done if answer is not _verdicts.STOPPED]
         for work, answer in told:
             points = _verdicts.misses(answer)
@@ -384,12 +368,11 @@ class Turn:
             else:
                 self.misses = 0
                 self.window = min(self._line._most, self.window + 1)
-            is_tried = is_tried or work.is_probe
         probe = next((answer for work, answer in told if work.is_probe), None)
         heeds = [heed for _, answer in told if (heed := _verdicts.heed(answer))]
         holds = [heed for heed in heeds if heed.hold]
         if holds:
-            self._hold(s, holds[0], is_probe=is_tried)
+            self._hold(s, holds[0], is_probe=probe is not None)
         elif probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR):
             # (An operator's hold that came while a probe was under way is the operator's to end.) What a status told
             # is told some time after acceptance: only the next probe is the proof that it was not told again.
@@ -510,6 +493,13 @@ def _share(lane: RowMapping) -> float:
     """What a number may use of its rate: less since it was too fast, and more again the longer that is past."""
     calm = max(0.0, lane["calm"] or 0.0)
     return float(min(1.0, lane["pace"] * _RISE ** min(_MOST_RISES, int(calm / _RECOVERY))))
+
+
+def _why(row: RowMapping, verdict: Verdict) -> str:
+    """Why a message was given up, without the provider's words: they are in the message's row."""
+    if verdict.error_code == "no_answer":
+        return verdict.error or ""
+    return f"refused {row['tries']} times, at last with code {verdict.error_code}"
 
 
 def _ids(message: Work | RowMapping) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pombal import metrics
 from pombal.cli import parse, parser
 from pombal.cli.doctor import procfile_queues
 from pombal.cli.fleet import ROOT, queues
+from pombal.settings import Settings, variable
 from workers import broker
 
 PRODUCT = ("alembic", "models", "pombal", "providers", "sandbox", "web", "workers")
@@ -219,9 +220,6 @@ def commands_in(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "SECURITY.md"])
 def test_each_command_on_a_page_exists(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if not (ROOT / page).exists():
-        pytest.skip("not written yet")
-
     for line in commands_in((ROOT / page).read_text()):
         words = shlex.split(line)
         assert is_command(words), line
@@ -230,6 +228,19 @@ def test_each_command_on_a_page_exists(page: str, capsys: pytest.CaptureFixture[
             with contextlib.suppress(SystemExit):
                 parse(words)
             assert capsys.readouterr().err == "", line
+
+
+def test_the_readme_names_the_test_command_that_ci_runs() -> None:
+    assert "python3 -m pombal test" in (ROOT / "README.md").read_text()
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_setting_of_the_environment_example_is_one_that_is_read() -> None:
+    known = {variable(field) for field in Settings.__struct_fields__}
+    named = set(re.findall(r"^#?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+
+    assert len(named) > 5
+    assert named <= known
 
 
 def is_command(words: list[str]) -> bool:
