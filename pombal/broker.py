@@ -24,6 +24,7 @@ from periodiq import PeriodiqMiddleware, cron
 from pombal import log, metrics
 from pombal.errors import Permanent
 from pombal.middleware import (
+    TIME_LIMIT_MS,
     DeadLetters,
     FailSafeRetries,
     JobMetrics,
@@ -257,14 +258,14 @@ def redis_client(url: str | None = None) -> redis.Redis:
 def _middleware() -> list[Middleware]:
     # `before_*` run from top to bottom, `after_*` from bottom to top.
     return [
-        LogContext(),  # outermost: every other's lines carry the job's name
+        Watchdog(),  # sees the very end of each job
+        LogContext(),  # outside of all that log: every other's lines carry the job's name
         JobMetrics(),  # next: times all of the job, and sees what became of it after Retries decided
         DeadLetters(),  # what is rejected outside of a job
         FailSafeRetries(max_retries=3, min_backoff=1_000, max_backoff=60_000),
         PeriodiqMiddleware(skip_delay=55),  # a tick that is older is left to the next one
-        TimeLimit(time_limit=120_000, interval=1_000),  # innermost: its end must not fall into the others' hooks
+        TimeLimit(time_limit=TIME_LIMIT_MS, interval=1_000),  # innermost: its end must not fall into the others' hooks
         SigtermOnce(),
-        Watchdog(),
     ]
 
 

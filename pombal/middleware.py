@@ -22,6 +22,8 @@ from pombal.errors import Permanent
 
 _log = log.get()
 
+TIME_LIMIT_MS = 120_000  # of a job that names none
+
 
 class GivenUp(Permanent):
     """Raised by a worker that has written the dead letter itself, in the same commit as the row's verdict."""
@@ -196,10 +198,16 @@ class SigtermOnce(Middleware):
 
 
 class Watchdog(Middleware):
-    """Ends a worker process that cannot work: a dead thread (dramatiq.md §5 H5), or no parent to restart it (X6)."""
+    """Ends a worker process that cannot work: a dead or hung thread (dramatiq.md §5 H5), no parent to restart it (X6).
 
-    def __init__(self, period: float = 2.0) -> None:
+    A thread hangs when its job is not over so long after its time limit: the limit cannot interrupt a thread that waits
+    for a lock or inside a C library, and nobody would ever see it again.
+    """
+
+    def __init__(self, period: float = 2.0, grace: float = 60.0) -> None:
         self._period = period
+        self._grace = grace
+        self._overdue: dict[str, float] = {}  # message id → when its job counts as hung, monotonic
         self._stopping = threading.Event()
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
@@ -208,11 +216,25 @@ class Watchdog(Middleware):
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._stopping.set()
 
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        actor = broker.actors.get(message.actor_name)  # not every name has one
+        limit = actor.options.get("time_limit", TIME_LIMIT_MS) if actor else TIME_LIMIT_MS
+        self._overdue[message.message_id] = time.monotonic() + limit / 1000 + self._grace
+
+    def after_ack(self, broker: Broker, message: MessageProxy) -> None:
+        self._overdue.pop(message.message_id, None)
+
+    after_nack = after_ack
+
     def _watch(self, worker: Worker, parent: int) -> None:
         while not self._stopping.wait(self._period):
             dead = [t.name for t in (*worker.workers, *worker.consumers.values()) if not t.is_alive()]
             if dead and not self._stopping.is_set():
                 _log.critical("worker_thread_died", threads=len(dead))
+                os._exit(70)
+            now = time.monotonic()
+            if hung := [id_ for id_, at in list(self._overdue.items()) if at < now]:
+                _log.critical("job_hung", message_ids=hung)
                 os._exit(70)
             if os.getppid() != parent:
                 _log.critical("worker_parent_died")

@@ -35,8 +35,8 @@ class Campaign:
         self.sandbox = str(fleet.demo["sandbox"]["meta"])
         self.asked: dict[str, str] = {}  # text → message id
         self.order: dict[tuple[str, str], list[str]] = defaultdict(list)  # (channel, recipient) → texts as accepted
-        shops = self._made(tenants, channels, config)
-        self._introduce(shops)
+        self._shops = shops = self._made(tenants, channels, config)
+        self.introduce()
         self.ways = [
             Way(shop["tenant_id"], shop["api_key"], channel["id"], channel["name"])
             for shop in shops
@@ -52,11 +52,11 @@ class Campaign:
         made: list[dict[str, Any]] = json.loads(done.stdout)
         return made
 
-    def _introduce(self, shops: list[dict[str, Any]]) -> None:
-        """Tell the simulated Meta of them."""
+    def introduce(self) -> None:
+        """Tell the simulated Meta of the channels: a fleet that starts writes its file anew."""
         file = self.fleet.data / "sandbox.json"
         config = json.loads(file.read_text())
-        for shop in shops:
+        for shop in self._shops:
             channels = [
                 {name: channel[name] for name in ("name", "phone_number_id", "waba_id")}
                 | {"access_token": shop["secret"]}

@@ -34,7 +34,7 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **env, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -73,7 +73,7 @@ class Running:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.kill(self.pid, signal.SIGABRT)
+            self.tell_group(signal.SIGABRT)  # each of them prints where its threads are
             self.process.wait()
             raise AssertionError(f"it did not end: {self.text()}") from None
 

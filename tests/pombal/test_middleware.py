@@ -164,6 +164,39 @@ def test_a_thread_that_dies_ends_the_process_so_that_its_host_starts_it_again(se
     assert worker.events("worker_thread_died")
 
 
+HANGS = """
+import threading
+import dramatiq
+from dramatiq import Worker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import TimeLimit
+from pombal.middleware import Watchdog
+
+broker = StubBroker(middleware=[Watchdog(period=0.05, grace=1), TimeLimit(time_limit=200, interval=50)])
+
+@dramatiq.actor(broker=broker, time_limit=200)
+def hangs():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()  # no time limit reaches a thread in here
+
+@dramatiq.actor(broker=broker, time_limit=200)
+def ends():
+    print("ended", flush=True)
+
+Worker(broker, worker_threads=1).start()
+ends.send()
+hangs.send()
+threading.Event().wait(60)
+"""
+
+
+def test_a_job_that_no_time_limit_can_end_ends_the_process() -> None:
+    printed = output("-c", HANGS, code=70)
+
+    assert "ended" in printed
+
+
 def test_a_job_whose_end_is_cut_short_is_not_lost(servers: Servers, tmp_path: Path) -> None:
     servers.clear("doomed")
     with (
