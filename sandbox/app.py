@@ -7,7 +7,8 @@ nobody answered. `from` and `to` are a phone number in digits or a BSUID.
 
 The same port answers as Graph (`sandbox.graph`): `POST /v25.0/{phone_number_id}/messages` and
 `GET /v25.0/{waba_id}/message_templates`. Its rules, faults and journal are under `/meta/rules`, `/meta/faults` and
-`/meta/calls`.
+`/meta/calls`. Files (`sandbox.media`) are `POST /v25.0/{phone_number_id}/media`, `GET` and `DELETE /v25.0/{media_id}`,
+and the media host below `/media/`; their journal is `/meta/media`, and files of one's own are `/meta/media-files`.
 """
 
 import argparse
@@ -35,10 +36,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox import meta
+from sandbox import files, meta
+from sandbox.answers import Protocol
 from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
 from sandbox.faults import SetFault
-from sandbox.graph import PATH, Graph, Protocol
+from sandbox.graph import Graph
 from sandbox.meta import JSON
 from sandbox.rules import SetRules
 from sandbox.runs import Plan, Run
@@ -127,6 +129,16 @@ class Handshake(msgspec.Struct, forbid_unknown_fields=True):
     verify_token: str | None = None
 
 
+class AddMediaFile(msgspec.Struct, forbid_unknown_fields=True):
+    mime_type: Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[ -~]+$")]
+    channel: str | None = None
+    id: Annotated[str, Meta(pattern=r"^[0-9]{1,40}$")] | None = None
+    base64: str | None = None
+    size: Annotated[int, Meta(ge=0, le=2**31)] | None = None
+    seed: Annotated[str, Meta(max_length=1000)] | int = 0
+    filename: Annotated[str, Meta(max_length=100_000)] | None = None
+
+
 # Routes; the first line of each docstring is what `GET /` tells, so it holds the body
 
 
@@ -169,14 +181,23 @@ async def send(request: Request) -> JSONResponse:
     app, channel = _channel(request, ask.channel)
     wamids = [_new_wamid(ask.from_) for _ in range(ask.count)]
     now = int(time.time())
-    try:
-        messages = [
-            meta.message(ask.type, wamid, ask.from_, now, ask.object, variant=i) for i, wamid in enumerate(wamids)
+    host = _graph(request).media.host_for(channel, _address(request))
+
+    def make() -> list[JSON]:
+        return [
+            meta.message(ask.type, wamid, ask.from_, now, ask.object, variant=i, media_host=host)
+            for i, wamid in enumerate(wamids)
         ]
+
+    try:
+        messages = await asyncio.to_thread(make)  # the hash of a large file takes its time
     except ValueError as error:
         raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
     if ask.type not in NO_MESSAGE:
         _graph(request).limits.heard(channel.phone_number_id, ask.from_)
+    if ask.type in meta.MEDIA_TYPES and ask.object is None:
+        for message in messages:
+            _graph(request).media.told(message[ask.type]["id"], channel.phone_number_id, now, host.bytes)
     value = {"contacts": [meta.contact(ask.from_, ask.name)], "messages": messages}
     outcome = await _deliver_change(request, app, channel, "messages", value)
     return JSONResponse({"wamids": wamids, **outcome})
@@ -281,7 +302,9 @@ async def start_traffic(request: Request) -> JSONResponse:
     )
     for old in ended[: max(0, len(runs) - REMEMBERED_RUNS + 1)]:
         del runs[old.id]
-    run = Run(plan, request.app.state.sender)
+    media = _graph(request).media
+    hosts = {channel.phone_number_id: media.host_for(channel, _address(request)) for _, channel in chosen}
+    run = Run(plan, request.app.state.sender, hosts, media.told)
     runs[run.id] = run
     return JSONResponse({"id": run.id, "seed": plan.seed}, status_code=202)
 
@@ -313,10 +336,11 @@ async def journal(request: Request) -> JSONResponse:
 
 
 async def set_rules(request: Request) -> JSONResponse:
-    """{"channel"?,"window"?,"pair"?,"rate"?,"statuses"?,"drop_ninth_digit"?,"access_token"?}: Graph's rules.
+    """{"channel"?,"window"?,"pair"?,"rate"?,"statuses"?,"drop_ninth_digit"?,"access_token"?,…}: Graph's rules.
 
     For one channel or for all; what is left out stays. `rate` is messages a second or null, `statuses` is
-    {"words"?,"delay"?,"lost"?,"duplicates"?,"shuffle"?}, see `sandbox.rules`. Answers the rules that hold.
+    {"words"?,"delay"?,"lost"?,"duplicates"?,"shuffle"?}; of media, there are "check_media", "url_seconds",
+    "media_seconds", "upload_seconds" and "media_bytes". See `sandbox.rules`. Answers the rules that hold.
     """
     ask = await _body(request, SetRules)
     if ask.channel is not None:
@@ -361,15 +385,8 @@ async def clear_faults(request: Request) -> JSONResponse:
 
 async def calls(request: Request) -> Response:
     """`?limit=50&channel=&after=`: the latest calls Graph got, newest last, or the first ones after number `after`."""
-    asked = request.query_params
-    limit, after = asked.get("limit", "50"), asked.get("after")
-    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_CALLS:
-        raise Refused(400, "INVALID_PAYLOAD", f"limit is a number from 1 to {MAX_CALLS}")
-    if after is not None and not after.isdecimal():
-        raise Refused(400, "INVALID_PAYLOAD", "after is the number of a call")
-    listed = _graph(request).calls.listed(
-        int(limit), channel=asked.get("channel"), after=None if after is None else int(after)
-    )
+    channel = request.query_params.get("channel")
+    listed = _graph(request).calls.listed(_limit(request), channel=channel, after=_after(request))
     return Response(msgspec.json.encode({"calls": listed}), media_type="application/json")
 
 
@@ -385,6 +402,61 @@ async def clear_calls(request: Request) -> JSONResponse:
     _graph(request).calls.clear()
     _graph(request).statuses.sent = 0
     return JSONResponse({"calls": []})
+
+
+async def media(request: Request) -> Response:
+    """`?limit=50&kind=&id=&after=`: the latest requests about files, newest last, or the first after number `after`."""
+    asked = request.query_params
+    listed = _graph(request).media.journal.listed(
+        _limit(request), kind=asked.get("kind"), id=asked.get("id"), after=_after(request)
+    )
+    return Response(msgspec.json.encode({"media": listed}), media_type="application/json")
+
+
+async def media_summary(request: Request) -> JSONResponse:
+    """Counts of the requests about files that have ended."""
+    return JSONResponse(_graph(request).media.journal.summary())
+
+
+async def clear_media(request: Request) -> JSONResponse:
+    """Forget those requests and their counts; the files stay."""
+    _graph(request).media.journal.clear()
+    return JSONResponse({"media": []})
+
+
+async def add_media_file(request: Request) -> JSONResponse:
+    """{"mime_type","channel"?,"id"?,"base64" or "size"?,"seed"?,"filename"?}: a file to serve; answers id and object.
+
+    Without `base64` it is made, as valid as its type allows, of `size` bytes, and different for each seed. Without a
+    channel any may have it. The object is what `POST /meta/send` takes as one, with the type that fits.
+    """
+    ask = await _body(request, AddMediaFile)
+    channel = None if ask.channel is None else _channel(request, ask.channel)[1]
+    if ask.base64 is not None and (ask.size is not None or ask.seed != 0):
+        raise Refused(400, "INVALID_PAYLOAD", "either base64, or size and seed")
+    try:
+        content: files.Content = (
+            files.make(ask.mime_type, str(ask.seed), ask.size)
+            if ask.base64 is None
+            else files.Given(base64.b64decode(ask.base64, validate=True))
+        )
+    except (ValueError, binascii.Error) as error:
+        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+    await asyncio.to_thread(lambda: content.digest)  # of a large file it takes its time, and is remembered
+    its = _graph(request).media
+    item = its.add(ask.id, content, ask.mime_type, channel, ask.filename)
+    return JSONResponse({"id": item.id, "object": its.webhook_object(item, _address(request))}, status_code=201)
+
+
+async def media_files(request: Request) -> JSONResponse:
+    """The files of one's own, then the uploads, each with how often it was resolved, and downloaded as a whole."""
+    return JSONResponse({"files": _graph(request).media.listed()})
+
+
+async def clear_media_files(request: Request) -> JSONResponse:
+    """Forget them, and which files were deleted."""
+    _graph(request).media.clear()
+    return JSONResponse({"files": []})
 
 
 ROUTES = [
@@ -409,6 +481,12 @@ ROUTES = [
     Route("/meta/calls", calls),
     Route("/meta/calls", clear_calls, methods=["DELETE"]),
     Route("/meta/calls/summary", calls_summary),
+    Route("/meta/media", media),
+    Route("/meta/media", clear_media, methods=["DELETE"]),
+    Route("/meta/media/summary", media_summary),
+    Route("/meta/media-files", media_files),
+    Route("/meta/media-files", add_media_file, methods=["POST"]),
+    Route("/meta/media-files", clear_media_files, methods=["DELETE"]),
 ]
 
 
@@ -445,6 +523,25 @@ def _channel(request: Request, name: str) -> tuple[App, Channel]:
 def _graph(request: Request) -> Graph:
     graph: Graph = request.app.state.graph
     return graph
+
+
+def _address(request: Request) -> str:
+    """This server's, as the client wrote it; the media host is there too."""
+    return f"{request.url.scheme}://{request.url.netloc}"
+
+
+def _limit(request: Request) -> int:
+    limit = request.query_params.get("limit", "50")
+    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_CALLS:
+        raise Refused(400, "INVALID_PAYLOAD", f"limit is a number from 1 to {MAX_CALLS}")
+    return int(limit)
+
+
+def _after(request: Request) -> int | None:
+    after = request.query_params.get("after")
+    if after is not None and not after.isdecimal():
+        raise Refused(400, "INVALID_PAYLOAD", "after is the number of a call")
+    return None if after is None else int(after)
 
 
 def _run(request: Request) -> Run:
@@ -499,9 +596,8 @@ class Service(Starlette):
     """The control port's app, which Graph's requests pass by: they come by the thousand and are timed."""
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
-        found = PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
-        if found:
-            await self.state.graph.serve(*found.groups(), scope, receive, send)
+        if scope["type"] == "http" and self.state.graph.is_asked(scope["path"]):
+            await self.state.graph.serve(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

@@ -6,6 +6,7 @@ not there.
 """
 
 import ssl
+from base64 import b64encode
 from functools import cache
 from typing import Any
 
@@ -124,6 +125,44 @@ def summary(control_url: str) -> JSON:
 def clear_calls(control_url: str) -> JSON:
     """Forget them."""
     return _call("DELETE", control_url, "/meta/calls")
+
+
+def media(
+    control_url: str, *, limit: int = 100_000, kind: str | None = None, id: str | None = None, after: int | None = None
+) -> JSON:
+    """The requests about files, newest last; the kinds are resolve, download, upload, delete and elsewhere."""
+    asked = {"limit": limit, "kind": kind, "id": id, "after": after}
+    query = httpx.QueryParams({key: value for key, value in asked.items() if value is not None})
+    return _call("GET", control_url, f"/meta/media?{query}")
+
+
+def media_summary(control_url: str) -> JSON:
+    """Counts of those that have ended."""
+    return _call("GET", control_url, "/meta/media/summary")
+
+
+def clear_media(control_url: str) -> JSON:
+    """Forget them; the files stay."""
+    return _call("DELETE", control_url, "/meta/media")
+
+
+def add_media_file(control_url: str, mime_type: str, content: bytes | None = None, **more: Any) -> JSON:
+    """A file to serve, of these bytes or made; `more` are the other keys of `POST /meta/media-files`.
+
+    The answer's `object` can be sent: `send(control_url, channel, "image", object=answer["object"])`.
+    """
+    given = None if content is None else b64encode(content).decode()
+    return _call("POST", control_url, "/meta/media-files", mime_type=mime_type, base64=given, **more)
+
+
+def media_files(control_url: str) -> JSON:
+    """Those, then the uploads, with how often each was resolved, and downloaded as a whole."""
+    return _call("GET", control_url, "/meta/media-files")
+
+
+def clear_media_files(control_url: str) -> JSON:
+    """Forget them, and which files were deleted."""
+    return _call("DELETE", control_url, "/meta/media-files")
 
 
 def health(control_url: str) -> JSON:

@@ -1,8 +1,10 @@
 """What goes wrong on purpose: faults that a test sets, and which of them meet a call.
 
-A call meets the first fault set that fits it, and every `latency` that fits it besides. Kinds whose name ends in
-`_after` (and `empty`, `drip`, `huge`, `gzip`, `failed_status`) concern calls that Graph accepts: only the answer is
-spoiled. All others but `latency` keep the call from being accepted. `sandbox.kinds` has a line about each.
+A call meets the first fault set that fits it, and every `latency` that fits it besides. Of the faults of sending,
+kinds whose name ends in `_after` (and `empty`, `drip`, `huge`, `gzip`, `failed_status`) concern calls that Graph
+accepts: only the answer is spoiled. All others but `latency` keep the call from being accepted. Those of media
+(`resolve_…`, `download_…`, `upload_…`) are met by requests that would be served; an upload is kept all the same, but
+for a `code`. `sandbox.kinds` has a line about each.
 """
 
 import itertools
@@ -14,7 +16,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from sandbox.kinds import KINDS
+from sandbox.kinds import KINDS, place
 from sandbox.meta import JSON
 from sandbox.rules import Share
 
@@ -27,12 +29,14 @@ class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     kind         a key of `sandbox.kinds.KINDS`
     channel      only this channel; else all
-    to           only this recipient: digits with or without a plus, or a BSUID
+    to           only this recipient: digits with or without a plus, or a BSUID; of media, only this media id
     share, seed  the share of the fitting calls that meet it, drawn with this seed
     count        ends after so many calls
     seconds      ends after this time
-    code, subcode, http, details   of a `code`; code also of a `failed_status`, http also of an HTML page
-    ms           of a `latency`, and between the bytes of a `drip`
+    code, subcode, http, details   of a `code`; code also of a `failed_status`, http also of a page or a status
+    ms           of a `latency`, and between the pieces of a `drip`
+    bytes        of a `download_…`: how many come, or are claimed, before it goes wrong
+    location     where a redirect, or the URL of a `resolve_elsewhere`, leads
     retry_after  seconds, a header of what is refused
     """
 
@@ -48,6 +52,8 @@ class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     http: Annotated[int, Meta(ge=200, le=599)] | None = None
     details: Annotated[str, Meta(max_length=10_000)] | None = None
     ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 100
+    bytes: Annotated[int, Meta(ge=0, le=2**40)] | None = None
+    location: Annotated[str, Meta(min_length=1, max_length=2_000, pattern=r"^[!-~]+$")] | None = None
     retry_after: Annotated[int, Meta(ge=0)] | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +77,9 @@ class Fault:
         return (asked.count is not None and self.met >= asked.count) or (
             self.ends_at is not None and time.monotonic() >= self.ends_at
         )
+
+    def is_at(self, at: str) -> bool:
+        return self.asked.kind == "outage" or place(self.asked.kind) == at
 
     def fits(self, channel: str | None, to: str | None) -> bool:
         asked = self.asked
@@ -112,8 +121,11 @@ class Faults:
     def clear(self) -> None:
         self._faults.clear()
 
-    def meet(self, channel: str | None, to: str | None, *, only: str | None = None) -> Met:
-        """What the next call to this recipient of this channel meets; `only` asks for no other kind."""
+    def meet(self, channel: str | None, to: str | None, *, at: str = "send", only: str | None = None) -> Met:
+        """What the next call to this recipient of this channel meets; `only` asks for no other kind.
+
+        `at` is the place (`sandbox.kinds.place`), and the recipient there a media id.
+        """
         if not self._faults:
             return NOTHING
         self._forget()
@@ -121,10 +133,11 @@ class Faults:
         latency = 0.0
         for fault in self._faults:
             asked = fault.asked
-            if only not in (None, asked.kind) or (first is not None and asked.kind != "latency"):
+            is_latency = asked.kind.endswith("latency")
+            if only not in (None, asked.kind) or (first is not None and not is_latency):
                 continue
-            if fault.fits(channel, to) and fault.meets():
-                if asked.kind == "latency":
+            if fault.is_at(at) and fault.fits(channel, to) and fault.meets():
+                if is_latency:
                     latency += asked.ms / 1000
                 else:
                     first = asked

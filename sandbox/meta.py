@@ -9,11 +9,15 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import re
 from collections.abc import Iterable
 from random import Random
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 from zlib import crc32
+
+from sandbox import files
 
 JSON = dict[str, Any]
 
@@ -38,7 +42,6 @@ NUMBER_FIELDS = frozenset(
 )
 """Fields that name the business number in `metadata`; all others concern the whole WABA and carry none (§3, §8)."""
 
-_SHA256 = "m04pFf2ERdaopTyFkGPA0+bX3i+YY2dYgVFwOgDLSDI="
 _QUOTED = "wamid.HBgNNTUxMTk0NDQ0MDAwMRUCABEYEjAwMDAwMDAwMDAwMDAwMDAwMAA="
 _BSUID = re.compile(r"[A-Z]{2}\.(ENT\.)?[A-Za-z0-9]{1,128}")
 
@@ -49,6 +52,23 @@ class Number(NamedTuple):
     phone_number_id: str
     waba_id: str
     display_phone_number: str = "5511955550100"
+
+
+class MediaHost(NamedTuple):
+    """Where files that customers send can be had.
+
+    address  what the path of a URL is put behind
+    seconds  for which a URL in a webhook is good, from its message on (§12); 0: it has run out already
+    bytes    the size of each file; without one it is small
+    """
+
+    address: str = "https://lookaside.fbsbx.com"
+    seconds: int = 300
+    bytes: int | None = None
+
+
+LOOKASIDE = MediaHost()
+ATTACHMENTS = "/whatsapp_business/attachments/"
 
 
 # Bytes and signature
@@ -111,7 +131,17 @@ def text_message(wamid: str, from_: str, body: str, at: int) -> JSON:
     return message("text", wamid, from_, at, {"body": body})
 
 
-def message(type: str, wamid: str, from_: str, at: int, content: Any = None, *, variant: int = 0, **extra: Any) -> JSON:
+def message(
+    type: str,
+    wamid: str,
+    from_: str,
+    at: int,
+    content: Any = None,
+    *,
+    variant: int = 0,
+    media_host: MediaHost = LOOKASIDE,
+    **extra: Any,
+) -> JSON:
     """An incoming message of any type, an element of `value.messages[]` (§6).
 
     `content` is the object under the key named like the type; without it a realistic example is taken, and `variant`
@@ -121,7 +151,7 @@ def message(type: str, wamid: str, from_: str, at: int, content: Any = None, *, 
     if content is not None:
         parts = {type: content}
     else:
-        choices = examples(type, wamid)
+        choices = examples(type, wamid, at, media_host)
         parts = choices[variant % len(choices)]
     head = {**_identity(from_, "from", "from_user_id"), "id": wamid, "timestamp": str(at), "type": type}
     return head | parts | extra
@@ -164,10 +194,12 @@ MESSAGE_TYPES = (
 """The types that have examples."""
 
 
-def examples(type: str, wamid: str) -> list[JSON]:
+def examples(type: str, wamid: str, at: int = 1_788_000_000, media_host: MediaHost = LOOKASIDE) -> list[JSON]:
     """Realistic contents of a message of this type: for each, the keys it adds to the common ones (§6)."""
     if type in MEDIA_TYPES:
-        return [{type: _media(type, wamid)}]
+        its_id = media_id(type, wamid)
+        element = media_object(its_id, media_file(type, its_id, media_host.bytes), at, media_host)
+        return [{type: element | _MEDIA[type]}]
     if type == "interactive":
         return [{type: {"type": kind, kind: reply}} for kind, reply in _INTERACTIVE.items()]
     if type in _EXAMPLES:
@@ -175,12 +207,54 @@ def examples(type: str, wamid: str) -> list[JSON]:
     raise ValueError(f"no example of a message of type {type!r}: give its content, or use one of {MESSAGE_TYPES}")
 
 
-def _media(type: str, wamid: str) -> JSON:
-    # Every message has a media id of its own at Meta, so it is derived from the wamid.
-    media_id = str(910_000_000_000_000 + crc32(wamid.encode()))
-    url = f"https://lookaside.fbsbx.com/whatsapp_business/attachments/?mid={media_id}&ext=1788000301&hash=AbC"
-    return {"id": media_id, "sha256": _SHA256, "url": url} | _MEDIA[type]
+# Files (§12)
 
+
+def media_id(type: str, wamid: str) -> str:
+    """The id of the file in this message. Every message has one of its own, from which `media_type` reads the type."""
+    return str(_FIRST_MEDIA_ID + MEDIA_TYPES.index(type) * _MEDIA_IDS + crc32(wamid.encode()))
+
+
+def media_type(media_id: str) -> str | None:
+    """The message type of a file, if its id is one of those above."""
+    if _MEDIA_ID.fullmatch(media_id) is None:
+        return None
+    place, own = divmod(int(media_id) - _FIRST_MEDIA_ID, _MEDIA_IDS)
+    return MEDIA_TYPES[place] if place < len(MEDIA_TYPES) and own < 2**32 else None
+
+
+def media_file(type: str, media_id: str, size: int | None = None) -> files.Made:
+    """What is in the file of that id, always the same."""
+    return files.make(media_mime_type(type), media_id, size)
+
+
+def media_mime_type(type: str) -> str:
+    mime_type: str = _MEDIA[type]["mime_type"]
+    return mime_type
+
+
+def media_object(media_id: str, content: files.Content, at: float, host: MediaHost) -> JSON:
+    """What a webhook says of any file, without its `mime_type`; `at` is when its URL begins to be good."""
+    expires = math.ceil(at) + host.seconds if host.seconds else int(at)
+    sha256 = base64.b64encode(content.digest).decode()
+    return {"id": media_id, "sha256": sha256, "url": media_url(host.address, media_id, expires)}
+
+
+def media_url(address: str, media_id: str, expires: int) -> str:
+    """Where a file is to be had until that moment, unix seconds."""
+    query = urlencode({"mid": media_id, "ext": expires, "hash": media_hash(media_id, str(expires))})
+    return f"{address}{ATTACHMENTS}?{query}"
+
+
+def media_hash(media_id: str, expires: str) -> str:
+    """The `hash` that only the URL of this file with this `ext` has."""
+    proof = hmac.digest(b"the sandbox's media host", f"{media_id} {expires}".encode(), "sha256")
+    return base64.urlsafe_b64encode(proof[:18]).decode()
+
+
+_FIRST_MEDIA_ID = 910_000_000_000_000
+_MEDIA_IDS = 10**10  # of one type
+_MEDIA_ID = re.compile(r"91[0-9]{13}")
 
 _MEDIA: dict[str, JSON] = {
     "image": {"mime_type": "image/jpeg", "caption": "Nota fiscal nº 4410"},

@@ -1,6 +1,6 @@
-"""Meta's rules that a test switches on for one channel or for all: windows, rates, statuses, the ninth digit.
+"""Meta's rules that a test switches on for one channel or for all: windows, rates, statuses, media, the ninth digit.
 
-Everything is off at first, but the statuses. Sections are those of whatsapp-cloud-api.md.
+Everything is off at first, but the statuses and what holds for media. Sections are those of whatsapp-cloud-api.md.
 """
 
 import re
@@ -10,13 +10,18 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from sandbox.config import Channel
 from sandbox.meta import JSON, user_id
 
 WINDOW = 24 * 3600.0  # seconds since the customer's last message (§10)
 PAIR_EVERY = 6.0  # seconds between messages from one number to one customer in the long run (§10)
 PAIR_BURST = 45
 
+DAY = 24 * 3600.0
+URL_SECONDS = 300  # for which a URL of a file is good (§12)
+
 Share = Annotated[float, Meta(ge=0, le=1)]
+Lifetime = Annotated[float, Meta(ge=0, le=100 * DAY)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 _NINTH_DIGIT = re.compile(r"(55[0-9]{2})9?([0-9]{8})")
 _AREAS_WITH_NINE = range(11, 29)
@@ -47,6 +52,11 @@ class Rules(NamedTuple):
     statuses: StatusRule = StatusRule()
     drop_ninth_digit: bool = False
     access_token: str | None = None  # instead of the one configured
+    check_media: bool = True  # a file that is sent by its id must have been uploaded through the same number
+    url_seconds: int = URL_SECONDS  # 0: it has run out as soon as it is told
+    media_seconds: float = 7 * DAY  # for which the id of a received file is good, from its message on (§12)
+    upload_seconds: float = 30 * DAY  # for which an uploaded one's is
+    media_bytes: int | None = None  # the size of every file that customers send from now on; else a small one
 
 
 class SetRules(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,6 +69,11 @@ class SetRules(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     statuses: StatusRule | UnsetType = UNSET
     drop_ninth_digit: bool | UnsetType = UNSET
     access_token: str | UnsetType | None = UNSET
+    check_media: bool | UnsetType = UNSET
+    url_seconds: Annotated[int, Meta(ge=0, le=86_400)] | UnsetType = UNSET
+    media_seconds: Lifetime | UnsetType = UNSET
+    upload_seconds: Lifetime | UnsetType = UNSET
+    media_bytes: Annotated[int, Meta(ge=1024, le=2**31)] | UnsetType | None = UNSET
 
 
 class RuleBook:
@@ -77,6 +92,11 @@ class RuleBook:
         if known is None:
             known = self._known[channel] = self._common._replace(**self._own.get(channel, {}))
         return known
+
+    def token(self, channel: Channel) -> str | None:
+        """What a request for this channel must bring; None when any token will do."""
+        own = self.of(channel.name).access_token
+        return channel.access_token if own is None else own
 
     def set(self, asked: SetRules) -> None:
         given = {name: getattr(asked, name) for name in Rules._fields if getattr(asked, name) is not UNSET}

@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from uuid import uuid4
 
 from sandbox import meta, traffic
 from sandbox.config import App, Channel
-from sandbox.meta import JSON
+from sandbox.meta import JSON, MediaHost
 from sandbox.sender import Delivery, Post, Sender
 from sandbox.traffic import Truth
 
@@ -31,12 +31,24 @@ class Plan:
 
 
 class Run:
-    """Starts at once. Needs a running event loop and a sender that is open."""
+    """Starts at once. Needs a running event loop and a sender that is open.
 
-    def __init__(self, plan: Plan, sender: Sender) -> None:
+    media_hosts  for each phone_number_id, where the files that it gets can be had
+    told         learns of each of them: its id, the phone_number_id, when it is sent, and its size
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sender: Sender,
+        media_hosts: Mapping[str, MediaHost],
+        told: Callable[[str, str, float, int | None], None],
+    ) -> None:
         self.id = uuid4().hex[:12]
         self.plan = plan
         self._sender = sender
+        self._media_hosts = media_hosts
+        self._told = told
         self._truths: list[Truth] = []
         self._deliveries: list[Delivery] = []
         self._started = time.monotonic()
@@ -95,6 +107,10 @@ class Run:
     async def _work(self) -> None:
         # In a thread: a large run takes seconds to make, and other requests shall not wait for it.
         posts = await asyncio.to_thread(self._posts)
+        now = time.time()
+        for truth in self._truths:
+            for media_id, number in truth.media.items():
+                self._told(media_id, number, now, self._media_hosts[number].bytes)
         await self._sender.send_all(posts, started=self._deliveries.append, rate=self.plan.rate)
         for delivery in self._deliveries:
             await delivery.ended.wait()
@@ -125,6 +141,7 @@ class Run:
                 per_body=plan.per_body,
                 shuffle=plan.shuffle,
                 start=int(time.time()),
+                media_hosts=self._media_hosts,
             )
             truths.append(part.truth)
             lines.append(

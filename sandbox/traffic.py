@@ -5,12 +5,13 @@ disorder, statuses before their message, customers without a phone number, bodie
 arguments give the same bytes, always.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from types import MappingProxyType
 
 from sandbox import meta
-from sandbox.meta import JSON, Number
+from sandbox.meta import JSON, LOOKASIDE, MediaHost, Number
 
 Key = tuple[str, str]
 """(phone_number_id, wamid): what makes a message the same message (§4)."""
@@ -46,6 +47,8 @@ class Truth:
     """Distinct bodies that are no webhook."""
     malformed_bodies: int = 0
     """The same with their repeats."""
+    media: dict[str, str] = field(default_factory=dict)
+    """The id of every file in an incoming message, and the phone_number_id that got it."""
 
 
 @dataclass
@@ -68,6 +71,7 @@ def mixed(
     statuses_for: Sequence[Key] = (),
     shuffle: bool = True,
     start: int = START,
+    media_hosts: Mapping[str, MediaHost] = MappingProxyType({}),
 ) -> Traffic:
     """Exactly `bodies` bodies for the `numbers` (phone_number_id, waba_id) of one Meta app.
 
@@ -79,6 +83,7 @@ def mixed(
     statuses_for   outgoing messages made elsewhere that shall get statuses as well
     shuffle        false keeps statuses behind their message and in order
     start          unix seconds of the first message; changes no id
+    media_hosts    for each phone_number_id, where the files that it gets can be had; else at the real address
 
     Every outgoing message gets one status or more. Raises ValueError when `statuses_for` does not fit in.
     """
@@ -89,7 +94,8 @@ def mixed(
     sizes = [rng.randint(*per_body) for _ in range(bodies - broken - repeated)]
     repeats = round(sum(sizes) * duplicates)
     people = _customers(rng, contacts)
-    elements = _elements(rng, sum(sizes) - repeats, known, people, statuses_for, start)
+    hosts = {number: media_hosts.get(number.phone_number_id, LOOKASIDE) for number in known}
+    elements = _elements(rng, sum(sizes) - repeats, hosts, people, statuses_for, start)
     truth = _truth(elements)
 
     if shuffle:
@@ -151,9 +157,15 @@ def _customers(rng: Random, count: int) -> list[_Customer]:
 
 
 def _elements(
-    rng: Random, count: int, numbers: list[Number], people: list[_Customer], statuses_for: Sequence[Key], start: int
+    rng: Random,
+    count: int,
+    hosts: Mapping[Number, MediaHost],
+    people: list[_Customer],
+    statuses_for: Sequence[Key],
+    start: int,
 ) -> list[_Element]:
     """`count` different elements in order of time, about two in three of them incoming messages."""
+    numbers = list(hosts)
     by_id = {number.phone_number_id: number for number in numbers}
     elements: list[_Element] = []
     for phone_number_id, wamid in statuses_for:
@@ -171,11 +183,11 @@ def _elements(
             elements.append(_Element(number, "message_echoes", echo))
             elements += _statuses(rng, path, number, wamid, customer, at)
         else:
-            elements.append(_incoming(rng, number, customer, at))
+            elements.append(_incoming(rng, number, customer, at, hosts[number]))
     return elements
 
 
-def _incoming(rng: Random, number: Number, customer: _Customer, at: int) -> _Element:
+def _incoming(rng: Random, number: Number, customer: _Customer, at: int, media_host: MediaHost) -> _Element:
     wamid = meta.new_wamid(rng, customer.address)
     extra: JSON = {"context": rng.choice(meta.CONTEXTS)} if rng.random() < 0.1 else {}
     if rng.random() < 0.02:
@@ -184,7 +196,8 @@ def _incoming(rng: Random, number: Number, customer: _Customer, at: int) -> _Ele
         message = meta.message("text", wamid, customer.address, at, {"body": rng.choice(_TEXTS)}, **extra)
     else:
         variant = rng.randrange(12)
-        message = meta.message(rng.choice(_TYPES), wamid, customer.address, at, variant=variant, **extra)
+        type_ = rng.choice(_TYPES)
+        message = meta.message(type_, wamid, customer.address, at, variant=variant, media_host=media_host, **extra)
     return _Element(number, "messages", message, meta.contact(customer.address, customer.name))
 
 
@@ -202,7 +215,9 @@ def _truth(elements: list[_Element]) -> Truth:
     truth = Truth()
     for element in elements:
         if element.list == "messages":
-            truth.incoming[element.key] = element.item["type"]
+            type_ = truth.incoming[element.key] = element.item["type"]
+            if type_ in meta.MEDIA_TYPES:
+                truth.media[element.item[type_]["id"]] = element.number.phone_number_id
         elif element.list == "message_echoes":
             truth.outgoing.add(element.key)
         else:

@@ -56,7 +56,7 @@ def faults(given: Namespace) -> int:
     if given.clear:
         _asked(client.clear_faults, given)
     if given.kind:
-        names = ("channel", "to", "share", "count", "seconds", "code", "ms")
+        names = ("channel", "to", "share", "count", "seconds", "code", "subcode", "http", "ms", "bytes", "location")
         more = {name: getattr(given, name) for name in names}
         _asked(lambda url: client.faults(url, given.kind, **more), given)
     found = _asked(client.faults, given)["faults"]
@@ -83,10 +83,13 @@ def rules(given: Namespace) -> int:
 
     if given.clear:
         _asked(client.clear_rules, given)
-    names = ("channel", "window", "pair", "drop_ninth_digit")
+    names = ["channel", "window", "pair", "drop_ninth_digit", "check_media"]
+    names += ["url_seconds", "media_seconds", "upload_seconds"]
     asked = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.rate is not None:
-        asked["rate"] = _rate(given.rate)
+        asked["rate"] = _number_or_off("--rate", given.rate, float)
+    if given.media_bytes is not None:
+        asked["media_bytes"] = _number_or_off("--media-bytes", given.media_bytes, int)
     statuses = {name: getattr(given, name) for name in ("delay", "lost", "shuffle") if getattr(given, name) is not None}
     if given.statuses is not None:
         statuses["words"] = [word for word in given.statuses.split(",") if word]
@@ -114,11 +117,29 @@ def calls(given: Namespace) -> int:
     return 0
 
 
-def _rate(text: str) -> float | None:
+def media(given: Namespace) -> int:
+    """The latest requests about files, newest last."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.clear_media, given)
+    if given.summary:
+        as_json(_asked(client.media_summary, given))
+        return 0
+    found = _asked(lambda url: client.media(url, limit=given.limit, kind=given.kind, id=given.id), given)["media"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("n", "kind", "id", "channel", "authorization", "http", "code", "bytes", "whole", "fault")
+    table([{column: event[column] for column in columns} for event in found], empty="nothing was asked")
+    return 0
+
+
+def _number_or_off(name: str, text: str, number: Callable[[str], float]) -> float | None:
     try:
-        return None if text == "off" else float(text)
+        return None if text == "off" else number(text)
     except ValueError:
-        raise SandboxAway(f"--rate is a number or `off`, not {text!r}") from None
+        raise SandboxAway(f"{name} is a number or `off`, not {text!r}") from None
 
 
 def _asked(ask: Callable[[str], dict[str, Any]], given: Namespace) -> dict[str, Any]:

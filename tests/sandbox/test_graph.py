@@ -120,7 +120,7 @@ def test_a_message_is_accepted_under_a_new_wamid(graph: httpx.Client, control: s
 @pytest.mark.parametrize(
     "message",
     [
-        {"type": "image", "image": {"id": "9"}},
+        {"type": "image", "image": {"link": "https://x.example/a.jpg"}},
         {"type": "document", "document": {"link": "https://x.example/a.pdf", "filename": "a.pdf", "caption": "c"}},
         {"type": "location", "location": {"latitude": -27.5, "longitude": "-48.5"}},
         {"type": "contacts", "contacts": [{"name": {"formatted_name": "Ana Luz"}}]},

@@ -136,6 +136,40 @@ def test_rules_are_set_and_shown(terminal: Terminal, control: str) -> None:
     assert "a number or `off`" in terminal.refused("rules", "--rate", "fast")
 
 
+def test_rules_of_media_are_set_and_shown(terminal: Terminal, control: str) -> None:
+    shown = terminal.json(
+        *("rules", "--no-check-media", "--url-seconds", "1", "--media-bytes", "100000"),
+        *("--media-seconds", "60", "--upload-seconds", "0.5"),
+    )["rules"]
+
+    names = ("check_media", "url_seconds", "media_bytes", "media_seconds", "upload_seconds")
+    assert [shown[name] for name in names] == [False, 1, 100_000, 60, 0.5]
+    assert terminal.json("rules", "--media-bytes", "off")["rules"]["media_bytes"] is None
+    assert "--media-bytes is a number or `off`" in terminal.refused("rules", "--media-bytes", "large")
+
+
+def test_faults_of_media_are_set_and_requests_for_files_listed(terminal: Terminal, control: str) -> None:
+    url = client.add_media_file(control, "image/jpeg", id="77", channel="shop")["object"]["url"]
+    terminal("faults", "download_status", "--http", "404", "--to", "77", "--count", "1")
+    terminal("faults", "download_close", "--bytes", "9")
+    (_, close) = terminal.json("faults", "download_redirect", "--location", "http://10.0.0.1/", "--json")[:2]
+    bearer = {"Authorization": "Bearer t"}
+
+    assert httpx.get(url, headers=bearer).status_code == 404
+    assert httpx.get(url).status_code == 401
+
+    assert close["bytes"] == 9
+    lines = [line.split() for line in terminal("media").splitlines()]
+    assert [line[1:6] for line in lines[1:]] == [
+        ["download", "77", "shop", "True", "404"],
+        ["download", "77", "shop", "False", "401"],
+    ]
+    (event,) = terminal.json("media", "--limit", "1", "--kind", "download", "--id", "77", "--json")
+    assert event["http"] == 401
+    assert terminal.json("media", "--summary")["by_fault"] == {"download_status": 1}
+    assert terminal("media", "--clear") == "nothing was asked\n"
+
+
 def test_calls_are_listed_counted_and_forgotten(terminal: Terminal, control: str) -> None:
     terminal("faults", "html", "--count", "1")
     send(control)
