@@ -11,8 +11,9 @@ from models.conversation import Conversation
 from models.dead_letter import DeadLetter
 from models.delivery import Delivery, DeliveryState
 from models.event import Event, Seen
+from models.file import File, MediaUpload
 from models.lane import Hold, Lane
-from models.media import Media
+from models.media import Media, MediaState
 from models.message import Message, MessageStatus, StatusReport
 from models.template import Template
 from models.tenant import Tenant
@@ -31,10 +32,13 @@ __all__ = [
     "Delivery",
     "DeliveryState",
     "Event",
+    "File",
     "Hold",
     "Lane",
     "Lease",
     "Media",
+    "MediaState",
+    "MediaUpload",
     "Message",
     "MessageStatus",
     "Outcome",

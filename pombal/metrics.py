@@ -102,6 +102,18 @@ double_sends = Counter(
     "pombal_double_sends_total", "Messages that the provider accepted twice.", ["provider"], registry=REGISTRY
 )
 holds = Counter("pombal_lane_holds_total", "Times that a channel's sending was held.", ["hold"], registry=REGISTRY)
+media_files = Counter(
+    "pombal_media_files_total", "Downloads of files, by what they came to.", ["provider", "outcome"], registry=REGISTRY
+)
+media_faults = Counter("pombal_media_faults_total", "Why files did not come.", ["provider", "class"], registry=REGISTRY)
+media_bytes = Counter("pombal_media_bytes_total", "Bytes of files.", ["outcome"], registry=REGISTRY)
+media_seconds = Histogram(
+    "pombal_media_seconds",
+    "Time from a file's claim to the commit that it is stored.",
+    ["provider"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
 jobs = Counter("pombal_jobs_total", "Jobs run, by how they ended.", ["actor", "outcome"], registry=REGISTRY)
 job_seconds = Histogram("pombal_job_seconds", "Running time of a job.", ["actor"], buckets=_SLOW, registry=REGISTRY)
 job_wait = Histogram(

@@ -9,6 +9,7 @@ import base64
 import os
 import re
 from functools import cache
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -42,6 +43,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_token: str = ""
     metrics_dir: str = ""
     sandbox_url: str = ""
+    media_url: str = ""
+    media_allowed_networks: str = ""
+    whatsapp_media_hosts: str = "lookaside.fbsbx.com,*.fbcdn.net,graph.facebook.com"
+    media_quota: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def __repr__(self) -> str:
         return f"Settings(mode={self.mode!r})"
@@ -76,6 +81,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not re.fullmatch(r"v[0-9]{1,3}\.[0-9]{1,2}", self.whatsapp_api_version):
             raise Misconfigured("WHATSAPP_API_VERSION must look like v26.0")
         return self.whatsapp_graph_url, self.whatsapp_api_version
+
+    def require_media(self) -> str:
+        """Where files are kept: `file:///folder` or `s3://bucket/prefix`. Raises `Misconfigured`."""
+        url = self.media_url or (data_folder().absolute() / "media").as_uri()
+        parts = urlsplit(url)
+        is_folder = parts.scheme == "file" and not parts.netloc and parts.path.startswith("/")
+        if not is_folder and not (parts.scheme == "s3" and parts.netloc):
+            raise Misconfigured("MEDIA_URL must be file:///absolute/folder or s3://bucket/prefix")
+        return url
+
+    def meta_media_hosts(self) -> list[str]:
+        """Hosts that may see a channel's access token when a file is fetched; `*.` stands for any name below."""
+        return [host.strip().lower() for host in self.whatsapp_media_hosts.split(",") if host.strip()]
+
+    def require_media_networks(self) -> list[IPv4Network | IPv6Network]:
+        """Networks that links may lead to although they are not public; none by default. Raises `Misconfigured`."""
+        try:
+            return [ip_network(one.strip()) for one in self.media_allowed_networks.split(",") if one.strip()]
+        except ValueError:
+            raise Misconfigured("MEDIA_ALLOWED_NETWORKS must be networks such as 10.0.0.0/8, with commas") from None
 
 
 # Variables that do not carry their field's name.

@@ -1,12 +1,20 @@
-"""The systems outside: wire format in, plain values out. `connect` picks the client for a channel."""
+"""The systems outside: wire format in, plain values out. `connect` picks the client for a channel, `source` the way to
+a file of one."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
 
 from pombal.errors import Permanent
 from pombal.settings import settings
+from providers import guard
 from providers.graph import GraphSender
+from providers.graph_media import GraphMedia
 from providers.http import Clients
+from providers.media import Source
 from providers.outbound import Sender
 
 
@@ -18,3 +26,27 @@ def connect(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Map
         number, token = config["phone_number_id"], secrets.get("access_token", "")
         return GraphSender(clients, base_url, version, number=number, token=token)
     raise Permanent(f"nothing can be sent through a channel of kind {kind}")
+
+
+def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], file: Mapping[str, Any]) -> Source:
+    """Where a file of a channel of this kind comes from; `file` has the columns of `media`. Raises `Permanent` for a
+    kind that has no files."""
+    if kind == "meta":
+        base_url, version = settings().require_graph()
+        return GraphMedia(
+            _trusted(urlsplit(base_url).scheme),
+            base_url,
+            version,
+            number=config["phone_number_id"],
+            token=secrets.get("access_token", ""),
+            media_id=file["provider_media_id"],
+            hosts=settings().meta_media_hosts(),
+            sha256=file["sha256"],
+        )
+    raise Permanent(f"a channel of kind {kind} has no files")
+
+
+@cache
+def _trusted(scheme: str) -> httpx.Client:
+    """For hosts that the operator has named, by https or as the API itself is reached. One for all threads."""
+    return guard.client(guarded=False, ports=None, schemes={"https", scheme})

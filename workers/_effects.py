@@ -67,6 +67,7 @@ class Stored(msgspec.Struct, frozen=True):
     channel_id: UUID
     direction: str
     is_new: bool
+    media_id: UUID | None = None  # of a new one's file, which is to be fetched
 
 
 def apply_items(
@@ -94,7 +95,8 @@ def apply_items(
     risen = Message.catch_up(s, told.reported_keys())
     Conversation.touch(s, told.conversation_rows(new))
     Template.heard(s, told.template_rows())
-    Media.expect(s, told.media_rows(new))
+    files = told.media_rows(new)
+    Media.expect(s, files)
     notices = Seen.first_time(s, set(told.notices))
     events = [event for _, event in settled] + told.event_rows(new, risen, notices) + held
     retried, letters = _late.try_again(s, risen)
@@ -105,9 +107,9 @@ def apply_items(
     s.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
     outcome = []
-    fresh = set(new)
+    fresh, media = set(new), {file["message_id"]: file["id"] for file in files}
     for source, id_, tenant, channel, direction in sources:
-        outcome.append((source, Stored(id_, tenant, channel, direction, id_ in fresh)))
+        outcome.append((source, Stored(id_, tenant, channel, direction, id_ in fresh, media.pop(id_, None))))
         fresh.discard(id_)
     return outcome, [one for one, _ in settled]
 
@@ -285,6 +287,7 @@ class Told:
         return [
             {
                 "tenant_id": tenant,
+                "id": uuid7(),
                 "message_id": id_,
                 "channel_id": channel,
                 "provider_media_id": item.file.provider_media_id,

@@ -30,6 +30,7 @@ from pombal.ids import born
 from pombal.middleware import GivenUp, cause, is_store_trouble
 from providers import inbound, meta
 from workers._effects import Settled, Stored, apply_items
+from workers.download_media import ring_new
 
 _log = log.get()
 
@@ -130,6 +131,7 @@ def process(claimed: list[RowMapping], token: UUID) -> None:
             fail(batch[0], token, error)
         give_back(batch, token)
         raise
+    ring_new([(m.tenant_id, m.media_id) for reading in batch for m in reading.stored if m.media_id])
     report(batch, bad, time.monotonic() - began)
     for reading in bad:
         incoming_message.send([str(reading.id)])

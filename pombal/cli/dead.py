@@ -9,7 +9,7 @@ import redis
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from models import DeadLetter, Delivery, outgoing
+from models import DeadLetter, Delivery, Media, outgoing
 from models.dead_letter import LetterState
 from pombal import db
 from pombal.broker import HardenedBroker
@@ -94,11 +94,15 @@ def retry(given: Namespace) -> int:
     from workers import broker  # imports the fleet
 
     chosen = _chosen(given, "retry")
-    unsent = [row for row in chosen if row.message_id is not None]
-    others = [row for row in chosen if row.message_id is None]
+    unsent = [row for row in chosen if _is_of_a_send(row)]
+    others = [row for row in chosen if not _is_of_a_send(row)]
     unknown = [row for row in others if row.delivery_id is None and row.actor not in broker.actors]
     letters = [row for row in others if row not in unknown]
     deliveries = sorted({row.delivery_id for row in letters if row.delivery_id})
+    for row in letters:
+        if row.actor == "download_media" and row.tenant_id is not None:
+            with db.session([row.tenant_id]) as s:
+                Media.again(s, row.tenant_id, UUID(row.args["args"][1]))
     # The sweep rings for rows within seconds; jobs without a row have only this bell, so it rings before they close.
     for row in letters:
         if row.delivery_id is None:
@@ -120,6 +124,11 @@ def retry(given: Namespace) -> int:
     return 0
 
 
+def _is_of_a_send(row: DeadLetter) -> bool:
+    """Of an outgoing message. A file's letter names its message too."""
+    return row.message_id is not None and row.actor == "outgoing_message"
+
+
 def _send_again(letters: list[DeadLetter]) -> int:
     """Queue their messages again and ring their lanes. Returns how many were failed or unknown no longer.
 
@@ -139,7 +148,7 @@ def drop(given: Namespace) -> int:
     """Leave it at that. A message that stayed unknown has failed then, so that nobody waits for it any more."""
     letters = _chosen(given, "drop")
     for row in letters:
-        if row.message_id is not None and row.tenant_id is not None:
+        if _is_of_a_send(row) and row.message_id is not None and row.tenant_id is not None:
             with db.session([row.tenant_id]) as s:
                 outgoing.give_up(s, row.tenant_id, row.message_id)
     with db.session() as s:

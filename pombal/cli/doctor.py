@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
 def doctor(given: Namespace) -> int:
     """Exit code 1 when there is an error; warnings and notes alone are 0."""
-    findings = [*_python(), *_secrets(), *_graph(), *_postgres(), *_redis(), *_procfile()]
+    findings = [*_python(), *_secrets(), *_graph(), *_postgres(), *_redis(), *_storage(), *_procfile()]
     if given.json:
         as_json([finding._asdict() for finding in findings])
     else:
@@ -55,6 +55,21 @@ def _graph() -> Iterator[Finding]:
         yield Finding("error", str(error))
         return
     yield Finding("ok", f"messages are sent through {urlsplit(base_url).hostname}, version {version}")
+
+
+def _storage() -> Iterator[Finding]:
+    """Whether a file can be kept: one is written, and given up."""
+    from providers.storage import StorageUnavailable, storage
+
+    try:
+        with storage().spool() as spool:
+            spool.write(b"doctor")
+    except (Misconfigured, StorageUnavailable) as error:
+        yield Finding("error", f"{error} (MEDIA_URL)")
+        return
+    yield Finding("ok", f"files can be kept ({storage().where})")
+    if settings().is_production and not settings().media_url:
+        yield Finding("warning", "MEDIA_URL is not set: files are in .pombal/media of this host, and gone with it")
 
 
 def _postgres() -> Iterator[Finding]:

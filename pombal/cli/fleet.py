@@ -19,6 +19,7 @@ def queues() -> list[str]:
 
 
 def web(given: Namespace) -> int:
+    settings().require_media()
     _ready("web_started")
     from web import app
     from web.server import serve
@@ -33,6 +34,10 @@ def worker(given: Namespace) -> int:
         raise Misconfigured(f"there is no queue {unknown[0]}; there are {', '.join(queues())}")
     if "outgoing_message" in given.queues:
         settings().require_graph()
+    if "download_media" in given.queues:
+        settings().require_graph()
+        settings().require_media()
+        settings().require_media_networks()
     _ready("worker_started")
     # Not the broker: its process id is per worker process, so it must be made after the fork.
     from dramatiq import cli

@@ -6,7 +6,7 @@ from argparse import Namespace
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from models import Channel, ChannelKind, Lane
+from models import Channel, ChannelKind, Lane, Media
 from pombal import db
 from pombal.cli import as_json, say
 from pombal.cli.admin import (
@@ -26,7 +26,7 @@ _SHORTEST_TOKEN = 8  # characters; Meta's have some two hundred
 
 
 def token(given: Namespace) -> int:
-    """A new access token, from standard input. What was held for the old one is tried again at once."""
+    """A new access token, from standard input. What was held for the old one is tried again at once, files too."""
     require_secrets()
     channel = channel_named(tenant_named(given.tenant), given.name)
     # All of a file or pipe: a token that was broken in two must not pass as its half.
@@ -40,6 +40,7 @@ def token(given: Namespace) -> int:
         is_held = Lane.probe_now(s, channel.id)
         found = _locked(s, channel)
         found.seal(found.secrets() | {"access_token": text})
+        Media.wake(s, channel.tenant_id, channel.id)
     ring(channel.id)
     say("sealed" + ("; sending is tried with it now" if is_held else ""))
     return 0

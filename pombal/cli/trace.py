@@ -4,16 +4,30 @@ from argparse import Namespace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import or_, select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from models import Attempt, Conversation, DeadLetter, Delivery, Event, Lane, Media, Message, MessageStatus, StatusReport
+from models import (
+    Attempt,
+    Conversation,
+    DeadLetter,
+    Delivery,
+    Event,
+    File,
+    Lane,
+    Media,
+    MediaState,
+    Message,
+    MessageStatus,
+    StatusReport,
+)
 from models.attempt import attempt_named_in
 from pombal import db
 from pombal.cli import as_json, say
 from pombal.errors import PombalError
 
-_HIDDEN = {"raw", "claim_token", "traceback", "request_digest"}
+_HIDDEN = {"raw", "claim_token", "traceback", "request_digest", "digest", "next_ring_at"}
+_SAME_CONTENT = and_(File.tenant_id == Media.tenant_id, File.digest == Media.digest)
 _WAITING = (MessageStatus.QUEUED, MessageStatus.SENDING, MessageStatus.UNKNOWN)
 
 
@@ -64,7 +78,7 @@ def _story(s: Session, wanted: str) -> dict[str, list[dict[str, Any]]]:
             s, select(Conversation).where(Conversation.id.in_([m.conversation_id for m in messages]))
         ),
         "status": _rows(s, select(StatusReport).where(StatusReport.provider_id.in_(filter(None, provider_ids)))),
-        "media": _rows(s, select(Media).where(Media.message_id.in_(ids))),
+        "media": _media(s, or_(Media.message_id.in_(ids), Media.id == id_)),
         "event": _rows(s, select(Event).where(Event.message_id.in_(ids)).order_by(Event.id)),
         "dead letter": _rows(s, select(DeadLetter).where(letters)),
     }
@@ -72,13 +86,33 @@ def _story(s: Session, wanted: str) -> dict[str, list[dict[str, Any]]]:
 
 def _messages(s: Session, wanted: str, id_: UUID | None) -> list[Message]:
     """By an id of theirs, or by one of an attempt to send them: a message sent twice has two of the provider's."""
-    found = list(s.scalars(select(Message).where(or_(Message.provider_id == wanted, Message.id == id_))))
+    of_media = select(Media.message_id).where(Media.id == id_)
+    named = or_(Message.provider_id == wanted, Message.id == id_, Message.id.in_(of_media))
+    found = list(s.scalars(select(Message).where(named)))
     if found:
         return found
     attempt_id = attempt_named_in(wanted) or id_
     tried = select(Attempt.message_id).where(or_(Attempt.provider_id == wanted, Attempt.id == attempt_id))
     ids = list(s.scalars(tried))
     return list(s.scalars(select(Message).where(Message.id.in_(ids)).order_by(Message.id))) if ids else []
+
+
+def _media(s: Session, where: Any) -> list[dict[str, Any]]:
+    """Files with what is stored of them; of one that is over, what only matters before is left out."""
+    found = s.execute(select(Media, File).join_from(Media, File, _SAME_CONTENT, isouter=True).where(where))
+    return [_noted(media) | ({} if file is None else _stored(file)) for media, file in found]
+
+
+def _noted(media: Media) -> dict[str, Any]:
+    row = _row(media)
+    if media.state != MediaState.PENDING:
+        row.pop("next_attempt_at")
+    return row
+
+
+def _stored(file: File) -> dict[str, Any]:
+    stored = {"stored_type": file.mime_type, "stored_bytes": file.bytes, "stored_sha256": file.digest.hex()}
+    return {**stored, "key": file.key}
 
 
 def _rows(s: Session, query: Any) -> list[dict[str, Any]]:

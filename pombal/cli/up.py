@@ -37,7 +37,7 @@ from pombal.supervisor import Command, Supervisor
 if TYPE_CHECKING:
     from models import Channel
 
-_PROCESSES = ("sandbox", "web", "worker", "clock")
+_PROCESSES = ("sandbox", "web", "worker", "media", "clock")
 _SANDBOX_PORT = 9010
 _PERSON = "5511944440001"
 # What the simulated Meta has approved of the demo channel, and what it has not.
@@ -280,7 +280,9 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
     arguments = {
         "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
-        "worker": ["worker", *queues()],
+        # Apart, as in the Procfile: a slow download must not keep a thread from webhooks.
+        "worker": ["worker", *(queue for queue in queues() if queue != "download_media")],
+        "media": ["worker", "download_media", "--threads", "16"],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}

@@ -181,7 +181,7 @@ class Fleet:
     def wanted(self) -> list[str]:
         if "--procs" in self.options:
             return self.options[self.options.index("--procs") + 1].split(",")
-        return [name for name in ("sandbox", "web", "worker", "clock") if f"--no-{name}" not in self.options]
+        return [name for name in ("sandbox", "web", "worker", "media", "clock") if f"--no-{name}" not in self.options]
 
     # ---------------------------------------------------------------------------------------------------- processes
 
@@ -213,7 +213,8 @@ class Fleet:
     def kill(self, name: str) -> None:
         """SIGKILL, and wait until the fleet has put another in its place.
 
-        `web`, `clock`, `sandbox`; `worker` with all that it forked, or `worker master` alone; `valkey`, `postgres`.
+        `web`, `clock`, `sandbox`; `worker` and `media` with all that they forked, or `worker master` alone; `valkey`,
+        `postgres`.
         """
         before = self.identity(name)
         self.strike(name)
@@ -223,7 +224,7 @@ class Fleet:
         """SIGKILL and nothing more."""
         pid = self.identity(name)
         assert pid is not None
-        if name == "worker":
+        if name in ("worker", "media"):
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)
