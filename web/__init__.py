@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pombal import metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
-from web import errors, health, messages, status, webhooks
+from web import errors, health, media, messages, status, uploads, webhooks
 from web.inbox import Inbox
 from web.outbox import Outbox
 from web.signatures import Apps
@@ -74,6 +74,8 @@ app = Starlette(
         Route("/api/v1/messages/{id}", messages.message, methods=["GET"]),
         Route("/api/v1/messages/{id}", messages.cancel, methods=["DELETE"]),
         Route("/api/messages/send", messages.send_the_old_way, methods=["POST"]),
+        Route("/api/v1/media", uploads.upload, methods=["POST"]),
+        Route("/api/v1/media/{id}", media.media, methods=["GET"]),
         Route("/api/v1/channels", status.channels),
         Route("/api/v1/channels/{id}", status.channel),
         Route("/health", health.health),

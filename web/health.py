@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Hold, Lane
+from models import Hold, Lane, Media
 from models.lane import LaneState
 from pombal import db, metrics
 from pombal.broker import broker
@@ -112,11 +112,21 @@ def _measured() -> bytes:
 def _from_rows(s: Session) -> Iterator[metrics.Family]:
     db.see_all(s)
     coming, going = s.execute(_COMING).one(), Lane.waiting(s)
-    both = ({"queue": "incoming_message"}, coming), ({"queue": "outgoing_message"}, going)
-    yield metrics.gauge("pombal_pending", "Rows that wait for work.", [(q, float(row.pending)) for q, row in both])
+    files = Media.waiting(s)
+    lines = (("incoming_message", coming), ("outgoing_message", going), ("download_media", files))
+    by_queue = [({"queue": queue}, row) for queue, row in lines]
+    yield metrics.gauge("pombal_pending", "Rows that wait for work.", [(q, float(row.pending)) for q, row in by_queue])
     yield metrics.gauge(
-        "pombal_oldest_pending_seconds", "Age of the oldest waiting row.", [(q, float(row.oldest)) for q, row in both]
+        "pombal_oldest_pending_seconds",
+        "Age of the oldest waiting row.",
+        [(q, float(row.oldest)) for q, row in by_queue],
     )
+    if files.nearest is not None:
+        yield metrics.gauge(
+            "pombal_media_deadline_seconds",
+            "Time to the nearest deadline of a file that is not fetched yet.",
+            [({}, float(files.nearest))],
+        )
     yield metrics.gauge("pombal_scheduled", "Messages to be sent later.", [({}, float(going.scheduled))])
     yield metrics.gauge(
         "pombal_unknown_messages", "Sent, perhaps: nobody told what became of them.", [({}, float(going.unknown))]

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, aliased
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Attempt, Lane, Message, MessageStatus, StatusReport, outgoing
+from models import Attempt, File, Lane, Media, Message, MessageStatus, StatusReport, outgoing
 from pombal import db, log, metrics
 from pombal.errors import Unreachable
 from web import shapes
@@ -43,7 +43,7 @@ async def send_the_old_way(request: Request) -> Response:
 
 
 async def _send(request: Request, understand: Callable[[bytes], Ask]) -> Response:
-    who, patience = await _caller(request, "messages:send")
+    who, patience = await proven(request, "messages:send")
     try:
         queued = await _queue(request, who, understand, patience)
     except Failure as failure:
@@ -87,9 +87,9 @@ async def message(request: Request) -> Response:
 
     `not_before` is null once that time has come.
     """
-    who, patience = await _caller(request, "messages:read")
+    who, patience = await proven(request, "messages:read")
     id_ = _id(request, who)
-    shown = await _in_time(lambda: asyncio.to_thread(_shown, who.tenant_id, id_), patience)
+    shown = await in_time(lambda: asyncio.to_thread(_shown, who.tenant_id, id_), patience)
     if shown is None:
         raise _not_found(request, who)
     return JSONResponse(shown)
@@ -97,9 +97,9 @@ async def message(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """Take a queued message back. Asked again, the answer is the same; 409 when it has gone on its way."""
-    who, patience = await _caller(request, "messages:send")
+    who, patience = await proven(request, "messages:send")
     id_ = _id(request, who)
-    found = await _in_time(lambda: asyncio.to_thread(_cancel, who.tenant_id, id_), patience)
+    found = await in_time(lambda: asyncio.to_thread(_cancel, who.tenant_id, id_), patience)
     if found is None:
         raise _not_found(request, who)
     status, channel_id = found
@@ -121,14 +121,14 @@ async def cancel(request: Request) -> Response:
 # ------------------------------------------------------------------------------------------------------------- requests
 
 
-async def _caller(request: Request, scope: str) -> tuple[Caller, float]:
+async def proven(request: Request, scope: str) -> tuple[Caller, float]:
     """Whose key it is, and the seconds that are left for the rest."""
     began = time.monotonic()
-    who = await _in_time(lambda: _callers.get(request, scope), _PATIENCE_FOR_A_KEY)
+    who = await in_time(lambda: _callers.get(request, scope), _PATIENCE_FOR_A_KEY)
     return who, PATIENCE - (time.monotonic() - began)
 
 
-async def _in_time(ask: Callable[[], Awaitable[T]], patience: float) -> T:
+async def in_time(ask: Callable[[], Awaitable[T]], patience: float) -> T:
     """What the database answers, asked again on another connection if it was found dead. Raises `Unreachable`."""
     try:
         async with asyncio.timeout(patience):
@@ -211,6 +211,7 @@ def _shown(tenant_id: UUID, id_: UUID) -> dict[str, Any] | None:
             "error": {"code": row.error_code, "text": row.error} if row.error_code or row.error else None,
             "pricing": report.pricing if report else None,
             "conversation": report.conversation if report else None,
+            "media": _media(s, row),
             "waiting": _waiting(s, row, now),
         }
 
@@ -221,6 +222,28 @@ def _report(s: Session, row: Message) -> StatusReport | None:
     key = (StatusReport.tenant_id, StatusReport.channel_id, StatusReport.provider_id, StatusReport.participant)
     wanted = select(StatusReport).where(tuple_(*key) == (row.tenant_id, row.channel_id, row.provider_id, ""))
     return s.scalars(wanted).first()
+
+
+def _media(s: Session, row: Message) -> dict[str, Any] | None:
+    """Its file: the one that came with it, or the one of ours that it sends."""
+    sent = outgoing.media_ids(row.body) if row.recipient is not None else []
+    is_its = Media.id == sent[0] if sent else Media.message_id == row.id
+    is_of_it = and_(File.tenant_id == Media.tenant_id, File.digest == Media.digest)
+    found = s.execute(select(Media, File).outerjoin(File, is_of_it).where(Media.tenant_id == row.tenant_id, is_its))
+    media, file = next(iter(found), (None, None))
+    if media is None:
+        return None
+    return {
+        "id": str(media.id),
+        "state": media.state,
+        "kind": media.kind,
+        "mime_type": file.mime_type if file else media.mime_type,  # until it is stored, what its sender claims
+        "bytes": file.bytes if file else None,
+        "sha256": file.digest.hex() if file else None,
+        "filename": media.filename,
+        "error_code": media.error_code,
+        "error": media.error,
+    }
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

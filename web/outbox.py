@@ -1,9 +1,9 @@
 """Group commit of what is to be sent: requests in flight share one transaction, and hear "queued" after its commit.
 
 As in `web/inbox.py` a flush starts at once when none is running, tenants take turns, and the bell rings off the
-request's path. Other than there, each request has a verdict of its own (channel, idempotency key, references, window,
-template), and one that was told 503 is not sent: whoever stops waiting is taken out before the commit begins. A lock
-that somebody holds, such as that of a lane, is a 503 for the tenant who needs it and for nobody else.
+request's path. Other than there, each request has a verdict of its own (channel, idempotency key, files, references,
+window, template), and one that was told 503 is not sent: whoever stops waiting is taken out before the commit begins.
+A lock that somebody holds, such as that of a lane, is a 503 for the tenant who needs it and for nobody else.
 
 The transaction touches its tables in this order, as all who write them do: contact_identity, contact, message, lane,
 conversation, event (architecture.md, decision 2).
@@ -24,7 +24,18 @@ from uuid import UUID
 from sqlalchemy import Row, RowMapping, or_, select, text, tuple_
 from sqlalchemy.orm import Session
 
-from models import Channel, ChannelKind, Conversation, Lane, Message, MessageStatus, Template, outgoing
+from models import (
+    Channel,
+    ChannelKind,
+    Conversation,
+    File,
+    Lane,
+    MediaState,
+    Message,
+    MessageStatus,
+    Template,
+    outgoing,
+)
 from models.contact import Meeting
 from models.event import Event
 from pombal import db, log, metrics
@@ -33,7 +44,7 @@ from pombal.ids import uuid7
 from web.errors import Failure
 from web.inbox import Bell
 from web.refusals import wrong
-from web.shapes import Ask
+from web.shapes import Ask, OwnFile, unfit
 from workers.outgoing_message import outgoing_message
 
 _log = log.get()
@@ -362,6 +373,7 @@ class Flush:
         drafts = [Draft(order) for order in self._first_of_each_key(batch)]
         for step in (
             self._find_channels,
+            self._find_files,
             self._find_references,
             self._check_templates,
             self._meet,
@@ -425,6 +437,18 @@ class Flush:
                 draft.channel_id, draft.provider = found.id, found.kind
                 if draft.ask.not_before is not None and draft.ask.not_before > self._now:
                     draft.not_before = draft.ask.not_before
+
+    def _find_files(self, drafts: list[Draft]) -> Iterator[tuple[Draft, Failure]]:
+        """Files of ours must be this tenant's, stored, and of a kind and size that the provider takes."""
+        ids = [(draft.tenant_id, id_) for draft in drafts for file in draft.ask.files if (id_ := _uuid(file.name))]
+        known = File.of_media(self._s, ids)
+        for draft in drafts:
+            for file in draft.ask.files:
+                id_ = _uuid(file.name)
+                failure = _unusable(file, known.get((draft.tenant_id, id_)) if id_ else None)
+                if failure is not None:
+                    yield draft, failure
+                    break
 
     def _find_references(self, drafts: list[Draft]) -> Iterator[tuple[Draft, Failure]]:
         asked = [(d.tenant_id, d.channel_id, d.ask.reference.name) for d in drafts if d.ask.reference is not None]
@@ -572,11 +596,24 @@ def _channels(s: Session, wanted: set[tuple[UUID, str | None]]) -> dict[UUID, li
     return found
 
 
-def _named(channels: list[Row[Any]], name: str) -> Row[Any] | Failure:
+def _uuid(name: str) -> UUID | None:
     try:
-        id_ = UUID(name)
+        return UUID(name)
     except ValueError:
-        id_ = None
+        return None
+
+
+def _unusable(file: OwnFile, found: RowMapping | None) -> Failure | None:
+    """Why that file cannot be sent. Foreign and missing ones look alike (security-reliability.md T3)."""
+    if found is None:
+        return Failure(404, "NOT_FOUND", "no such file", details={"field": file.field})
+    if found["state"] != MediaState.STORED or found["bytes"] is None:
+        return wrong(file.field, "names a file that is not stored")
+    return unfit(file, found["mime_type"], found["bytes"])
+
+
+def _named(channels: list[Row[Any]], name: str) -> Row[Any] | Failure:
+    id_ = _uuid(name)
     by_id = (channel for channel in channels if channel.id == id_)
     by_name = (channel for channel in channels if channel.name == name)
     # Foreign and missing ones look alike (security-reliability.md T3).

@@ -21,6 +21,7 @@ from web.limits import Quota
 _HEADER_SECONDS = 10.0
 _HEADER_BYTES = 64 * 1024
 _HEADER_FIELDS = 200
+_UNREAD_SECONDS = 60.0  # that an answer may wait for its reader to take any more of it
 _GRACE = 20  # seconds for requests in flight at SIGTERM; hosts kill after 25 to 30
 _oddities = Quota(per_second=10)
 
@@ -32,6 +33,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _idle_bytes = 0  # received since the last headers or body byte: an endless line, trailer or chunk size counts
     _field_bytes = 0
     _in_body = False
@@ -43,7 +45,22 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()
+        self._was_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:  # not closed but cut: a close would wait for the reader as well
+            self._unread = self.loop.call_later(_UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._was_read()
+        super().resume_writing()
+
+    def _was_read(self) -> None:
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:

@@ -34,6 +34,14 @@ class Reference(NamedTuple):
     field: str
 
 
+class OwnFile(NamedTuple):
+    """A file of ours that a message carries: under which name, where that stands, and as what it is sent."""
+
+    name: str
+    field: str
+    kind: str
+
+
 class Ask(NamedTuple):
     """What somebody wants sent. `element` is what the provider gets under the name of its type."""
 
@@ -45,6 +53,7 @@ class Ask(NamedTuple):
     not_before: datetime | None
     template: tuple[str, str] | None  # name and language
     digest: str  # of all that was asked
+    files: tuple[OwnFile, ...] = ()
 
     def body(self, reference: str | None) -> bytes:
         """The message's body as JSON, with the id by which the referenced message is known best."""
@@ -107,8 +116,9 @@ class Text(Shape):
 
 
 class File(Shape):
-    """A file by the provider's id, or by a link that the provider fetches."""
+    """A file by our id, by the provider's, or by a link that the provider fetches."""
 
+    media_id: MediaId | None = None
     id: MediaId | None = None
     link: Upto2048 | None = None
 
@@ -644,7 +654,7 @@ def _understood(given: dict[str, Any], at: str | None = None) -> Ask:
         raise wrong(f"$.{found[1]}", f"stands there twice: as `{found[0]}` too")
 
     field = at or (f"$.{found[0]}" if found else "$")
-    element, template = _element(type_, given[found[0]] if found else None, field)
+    element, template, files = _element(type_, given[found[0]] if found else None, field)
     return Ask(
         type=type_,
         element=element,
@@ -654,6 +664,7 @@ def _understood(given: dict[str, Any], at: str | None = None) -> Ask:
         not_before=_not_before(asked.not_before),
         template=template,
         digest=hashlib.sha256(msgspec.json.encode(given, order="sorted")).hexdigest(),
+        files=files,
     )
 
 
@@ -721,24 +732,24 @@ def _not_before(at: datetime | None) -> datetime | None:
 # ------------------------------------------------------------------------------------------------------------ content
 
 
-def _element(type_: str, given: Any, at: str) -> tuple[Any, tuple[str, str] | None]:
-    """The checked content as plain values, and a template's name and language."""
+def _element(type_: str, given: Any, at: str) -> tuple[Any, tuple[str, str] | None, tuple[OwnFile, ...]]:
+    """The checked content as plain values, a template's name and language, and the files of ours that are in it."""
     if type_ == "read":
-        return {}, None
+        return {}, None, ()
     if type_ == "text" and isinstance(given, str):
-        return {"body": converted(given, Upto4096, at)}, None
+        return {"body": converted(given, Upto4096, at)}, None, ()
     if type_ in _FILES:
         given = _without_claim(type_, given, at)
     content = converted(given, _FILES.get(type_) or _OTHERS[type_], at)
     _look_inside(content, at)
-    element = msgspec.to_builtins(content)
+    element, files = msgspec.to_builtins(content), tuple(_own_files(content, at, type_))
     if isinstance(content, Template):
         _check_components(content.components, f"{at}.components")
         _write_out(element)
-        return element, (content.name, element["language"]["code"])
+        return element, (content.name, element["language"]["code"]), files
     if type_ == "interactive":
         _check_interactive(content, at)
-    return element, None
+    return element, None, files
 
 
 def _without_claim(type_: str, given: Any, at: str) -> Any:
@@ -757,7 +768,7 @@ def _without_claim(type_: str, given: Any, at: str) -> Any:
 
 
 def _look_inside(value: Any, at: str) -> None:
-    """What no type says: of each file exactly one of id and link, links that are links, sizes of what is passed on."""
+    """What no type says: of each file exactly one of its names, links that are links, sizes of what is passed on."""
     if isinstance(value, list):
         for n, item in enumerate(value):
             _look_inside(item, f"{at}[{n}]")
@@ -766,7 +777,7 @@ def _look_inside(value: Any, at: str) -> None:
             raise wrong(at, f"must have at most {_MOST_BYTES_OF_A_PART} bytes", _MOST_BYTES_OF_A_PART)
     elif isinstance(value, Struct):
         if isinstance(value, File):
-            _exactly_one(at, id=value.id, link=value.link)
+            _exactly_one(at, media_id=value.media_id, id=value.id, link=value.link)
         for name in value.__struct_fields__:
             part = getattr(value, name)
             if isinstance(part, str) and (name == "link" or (name == "url" and isinstance(value, LinkParameters))):
@@ -778,6 +789,29 @@ def _look_inside(value: Any, at: str) -> None:
 def _exactly_one(at: str, **choice: Any) -> None:
     if sum(value is not None for value in choice.values()) != 1:
         raise wrong(at, f"must have either {' or '.join(f'`{name}`' for name in choice)}", list(choice))
+
+
+def _own_files(value: Any, at: str, kind: str) -> Iterator[OwnFile]:
+    """Those that are meant by our id; `kind` is the name under which the value stands."""
+    if isinstance(value, list):
+        for n, item in enumerate(value):
+            yield from _own_files(item, f"{at}[{n}]", kind)
+    elif isinstance(value, File):
+        if value.media_id is not None:
+            yield OwnFile(value.media_id, f"{at}.media_id", kind)
+    elif isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from _own_files(getattr(value, name), f"{at}.{name}", name)
+
+
+def unfit(file: OwnFile, mime_type: str, size: int) -> Failure | None:
+    """Why a stored file of that type, which its bytes tell, and that size cannot be sent as what it is to be sent."""
+    allowed, most = _MIME_TYPES[file.kind], _MOST_BYTES_OF_FILE[file.kind]
+    if mime_type not in allowed:
+        return wrong(file.field, f"names a file that is none of {', '.join(allowed)}", list(allowed))
+    if size > most:
+        return wrong(file.field, f"names a file that is too large: {file.kind} may have {most} bytes", most)
+    return None
 
 
 def _check_link(link: str, at: str) -> None:
