@@ -6,8 +6,9 @@ One per process, without a word to the others: each of them probes twice a minut
 
 import threading
 import time
+from uuid import UUID
 
-FAILURES = 5  # in a row, before the host is left alone
+FILES = 5  # that failed in a row, before the host is left alone; one bad file is not the host's trouble
 PAUSE = 30.0  # seconds between two probes
 
 
@@ -17,7 +18,7 @@ class Circuit:
     def __init__(self, pause: float = PAUSE) -> None:
         self._pause = pause
         self._lock = threading.Lock()
-        self._failures: dict[str, int] = {}
+        self._failed: dict[str, set[UUID]] = {}
         self._probe_at: dict[str, float] = {}  # of hosts that are left alone; monotonic
 
     def allows(self, host: str) -> bool:
@@ -35,14 +36,16 @@ class Circuit:
     def answered(self, host: str) -> None:
         """It did, whatever it said."""
         with self._lock:
-            self._failures.pop(host, None)
+            self._failed.pop(host, None)
             self._probe_at.pop(host, None)
 
-    def failed(self, host: str) -> bool:
-        """It did not. True when it is left alone from now on."""
+    def failed(self, host: str, file: UUID) -> bool:
+        """It did not, when this file was wanted. True when it is left alone from now on."""
         with self._lock:
-            failures = self._failures[host] = self._failures.get(host, 0) + 1
-            if failures < FAILURES or host in self._probe_at:
+            failed = self._failed.setdefault(host, set())
+            if len(failed) < FILES:
+                failed.add(file)
+            if len(failed) < FILES or host in self._probe_at:
                 return False
             self._probe_at[host] = time.monotonic() + self._pause
             return True

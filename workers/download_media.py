@@ -4,15 +4,15 @@ Queue `download_media`, in: a tenant's id and the id of one of its files. Rung f
 sweep when one falls due. Safe to run twice and anywhere: a file is worked on under a claim, which counts the attempt
 before the work, is extended while its process lives, and fences the verdict.
 
-A job is a bell for its tenant rather than an order for its file: it takes the next due file, the newest message's first
-(what is about to expire before that), and goes on with others for a while. The first failures are tried again by
-Dramatiq within seconds, the later ones wait as rows until the provider's own deadline.
+A job is a bell for its tenant as well: after its own file it goes on for a while with others that are due, the newest
+message's first (what is about to expire before that). The first failures are tried again by Dramatiq within seconds,
+the later ones wait as rows until the provider's own deadline.
 """
 
 import random
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -28,7 +28,6 @@ from models.media import FATAL_CRASHES
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent, PombalError
-from pombal.ids import born
 from pombal.middleware import is_redis_trouble, is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
@@ -54,7 +53,6 @@ _FEW = {"wrong_hash": 5, "wrong_size": 5, "encoded": 5, "redirect": 5, "internal
 _NOT_COUNTED = {"storage_unavailable": 30.0, "quota_reached": 600.0, "paused": 40.0, "stopping": 0.0}
 
 _SLICE = 20.0  # seconds for which a job goes on with other files
-_LATE = timedelta(seconds=2)
 _MOST_RUNG = 500
 _ENOUGH_JOBS = 1_000
 _ABANDONED = timedelta(hours=1)
@@ -64,17 +62,17 @@ _ABANDONED = timedelta(hours=1)
     queue="download_media", max_retries=5, min_backoff=1_000, max_backoff=8_000, throws=Permanent, time_limit=900_000
 )
 def download_media(tenant_id: str, media_id: str) -> None:
-    """Fetch what is due of this tenant, this file first unless the bell is an old one."""
+    """Fetch this file if it is due, then what else is due of its tenant."""
     try:
         tenant, wanted = UUID(tenant_id), UUID(media_id)
     except ValueError:
         raise Permanent("not the ids of a tenant and a file") from None
     began = time.monotonic()
-    is_late = datetime.now(UTC) - born(wanted) > _LATE
-    row = (None if is_late else claim(tenant, wanted)) or claim(tenant)
+    row = claim(tenant, wanted) or claim(tenant)
     while row is not None:
         wait = Download(row).run()
-        if wait is not None and wait < _SOON:
+        # Of another file's failure the sweep knows: a job that was retried for all of them would be given up some day.
+        if wait is not None and wait < _SOON and row["id"] == wanted:
             raise Retry(delay=int(wait * 1000) + 50)
         if stop.is_set() or time.monotonic() - began > _SLICE:
             ring(tenant, wanted)  # more may be due: the next job sees
@@ -207,7 +205,7 @@ class Download:
         except MediaFault as fault:
             if fault.code not in OF_THE_HOST:
                 circuit.answered(source.host)
-            elif circuit.failed(source.host):
+            elif circuit.failed(source.host, self.row["id"]):
                 _log.error("media_host_paused", provider=self.row["channel_kind"], code=fault.code)
             raise
         circuit.answered(source.host)

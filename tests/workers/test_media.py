@@ -23,7 +23,7 @@ from tests.factories import a_wamid, body_of, rows, superuser
 from tests.workers.sending import TOKEN, Meta, a_number_at_meta
 from tests.workers.tools import another_number, deliveries, run
 from workers import download_media
-from workers.download_media import circuit, ring_media
+from workers.download_media import ring_media
 
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + bytes(range(256)) * 20 + b"\xff\xd9"
 PDF = b"%PDF-1.7\n" + b"1 0 obj <<>> endobj\n" * 50 + b"%%EOF\n"
@@ -320,7 +320,6 @@ def test_waits_grow_and_end_at_the_deadline(meta: Meta) -> None:
     waits = []
     for _ in range(4):
         fetch(meta, id_)
-        circuit.answered(circuit_host(meta))
         waits.append(float(file(meta, id_)["wait"]))
     assert waits == sorted(waits)
     assert waits[0] < 2 < 25 < waits[2] < 60 < waits[3] < 180
@@ -335,10 +334,6 @@ def test_waits_grow_and_end_at_the_deadline(meta: Meta) -> None:
     row = file(meta, id_)
     assert (row["state"], row["error_code"]) == (MediaState.FAILED, "expired")
     assert "provider_error" in row["error"]
-
-
-def circuit_host(meta: Meta) -> str:
-    return meta.url.removeprefix("http://")
 
 
 def test_the_first_failures_are_tried_again_by_the_queue(meta: Meta) -> None:
@@ -495,6 +490,18 @@ def test_a_host_that_does_not_answer_is_left_alone(meta: Meta) -> None:
     before = len(client.media(meta.url, kind="resolve")["media"])
     fetch(meta, ids[0], times=3)
     assert len(client.media(meta.url, kind="resolve")["media"]) == before
+
+
+def test_one_bad_file_does_not_speak_for_its_host(meta: Meta) -> None:
+    bad = a_file(meta)
+    client.faults(meta.url, kind="resolve_reset", to=file(meta, bad)["provider_media_id"])
+    fetch(meta, bad, times=7)
+
+    good = a_file(meta, PDF, "application/pdf", "document")
+    fetch(meta, good)
+
+    assert file(meta, good)["state"] == MediaState.STORED
+    assert file(meta, bad)["error_code"] == "unreachable"
 
 
 def test_a_new_token_wakes_the_files_of_its_channel(meta: Meta) -> None:
