@@ -42,6 +42,7 @@ class Media(Tenanted, Dated, Base):
     message_id: Mapped[UUID | None]  # none for an upload, which any message may send
     channel_id: Mapped[UUID | None]
     provider_media_id: Mapped[str | None]
+    link: Mapped[str | None]  # where it is to be had without an id; of anybody's choice, so never trusted
     kind: Mapped[str]
     mime_type: Mapped[str | None]  # as the sender claims
     sha256: Mapped[str | None]  # as the provider claims, base64 or hex
@@ -137,8 +138,8 @@ def _ended(s: Session, row: RowMapping, given: dict[str, Any]) -> bool:
 
 
 _EXPECT = text(f"""
-    INSERT INTO media (tenant_id, id, message_id, channel_id, provider_media_id, kind, mime_type, sha256, filename,
-        deadline, next_ring_at)
+    INSERT INTO media (tenant_id, id, message_id, channel_id, provider_media_id, link, kind, mime_type, sha256,
+        filename, deadline, next_ring_at)
     SELECT given.*, now() + :ring_again FROM {
     rows(
         tenant_id="uuid",
@@ -146,6 +147,7 @@ _EXPECT = text(f"""
         message_id="uuid",
         channel_id="uuid",
         provider_media_id="text",
+        link="text",
         kind="text",
         mime_type="text",
         sha256="text",

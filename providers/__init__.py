@@ -14,6 +14,7 @@ from providers import guard
 from providers.graph import GraphSender
 from providers.graph_media import GraphMedia
 from providers.http import Clients
+from providers.link import Link
 from providers.media import Source
 from providers.outbound import Sender
 
@@ -31,6 +32,8 @@ def connect(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Map
 def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], file: Mapping[str, Any]) -> Source:
     """Where a file of a channel of this kind comes from; `file` has the columns of `media`. Raises `Permanent` for a
     kind that has no files."""
+    if file["link"] is not None:
+        return Link(_guarded(), file["link"], sha256=file["sha256"])
     if kind == "meta":
         base_url, version = settings().require_graph()
         return GraphMedia(
@@ -44,6 +47,19 @@ def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], fil
             sha256=file["sha256"],
         )
     raise Permanent(f"a channel of kind {kind} has no files")
+
+
+@cache
+def _guarded() -> httpx.Client:
+    """For addresses that tenants and messages name: public ones, and what the operator has allowed beside them."""
+    allowed = settings().require_media_networks()
+    # What the operator allows is inside, where neither https nor its port can be asked for.
+    return guard.client(
+        guarded=True,
+        allowed=allowed,
+        ports=None if allowed else (443,),
+        schemes=("https", "http") if allowed else ("https",),
+    )
 
 
 @cache

@@ -89,7 +89,7 @@ class GraphMedia:
                         raise MediaFault("provider_error", "the answer about the file is too long")
         except httpx.TimeoutException:
             raise MediaFault("timeout", "the provider did not say in time where the file is") from None
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL, guard.BlockedAddress):  # the last two: of a wrong WHATSAPP_GRAPH_URL
             raise MediaFault("unreachable", "the provider could not be asked where the file is") from None
         return self._place(response, bytes(raw))
 

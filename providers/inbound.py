@@ -25,13 +25,14 @@ class Person(msgspec.Struct, frozen=True, gc=False):
 
 
 class File(msgspec.Struct, frozen=True, gc=False):
-    """A file that a message carries, by the provider's media id; bytes are fetched by a later job."""
+    """A file that a message carries, by the provider's media id or by a link; bytes are fetched by a later job."""
 
-    provider_media_id: str
+    provider_media_id: str | None
     kind: str
     mime_type: str | None = None
     sha256: str | None = None
     filename: str | None = None
+    link: str | None = None
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):

@@ -1,19 +1,24 @@
 """A file behind a link that a tenant or a message supplied: hostile until proven otherwise (security-reliability.md
 M2)."""
 
-from urllib.parse import urlsplit
-
 import httpx
 
 from providers.download import allowance, download
 from providers.media import Received, Sink, digest_of
 
 
+def _host(url: str) -> str:
+    try:
+        return httpx.URL(url).host
+    except httpx.InvalidURL:  # `download` says so
+        return ""
+
+
 class Link:
     """One file at an address of anybody's choice; `client` must be a guarded one (`providers/guard.py`)."""
 
     def __init__(self, client: httpx.Client, url: str, *, sha256: str | None = None) -> None:
-        self.host = urlsplit(url).netloc[:255]
+        self.host = _host(url)
         self._client = client
         self._url = url
         self._claimed = digest_of(sha256)

@@ -291,6 +291,7 @@ class Told:
                 "message_id": id_,
                 "channel_id": channel,
                 "provider_media_id": item.file.provider_media_id,
+                "link": item.file.link,
                 "kind": item.file.kind,
                 "mime_type": item.file.mime_type,
                 "sha256": item.file.sha256,

@@ -18,6 +18,7 @@ depends_on: str | Sequence[str] | None = None
 SEEN = "tenant_id = ANY ((SELECT nullif(current_setting('app.tenant_ids', true), '')::uuid[])::uuid[])"
 TIME = sa.TIMESTAMP(timezone=True)
 NEW = (
+    sa.Column("link", sa.Text(), nullable=True),
     sa.Column("attempts", sa.Integer(), server_default=sa.text("0"), nullable=False),
     sa.Column("crashes", sa.Integer(), server_default=sa.text("0"), nullable=False),
     sa.Column("next_ring_at", TIME, server_default=sa.text("now()"), nullable=False),

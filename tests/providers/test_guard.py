@@ -95,11 +95,11 @@ class Server:
 
     def _answer(self, connection: socket.socket) -> bool:
         raw = b""
-        while not raw.endswith(b"\r\n\r\n"):
+        while b"\r\n\r\n" not in raw:
             if not (more := connection.recv(65536)):
                 return False
             raw += more
-        line, *fields = raw.decode().strip().split("\r\n")
+        line, *fields = raw.partition(b"\r\n\r\n")[0].decode().split("\r\n")
         headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
         name = getattr(connection.context, "asked_for", None) if isinstance(connection, ssl.SSLSocket) else None
         self.asked.append(Asked(line.split(" ")[1], headers, name))

@@ -12,6 +12,7 @@ import pytest
 from dramatiq.errors import Retry
 from sqlalchemy import text
 
+import providers
 from models import Media, MediaState
 from models.media import AT_ONCE
 from pombal import db
@@ -358,6 +359,38 @@ def test_a_channel_without_a_token_says_so(meta: Meta) -> None:
     fetch(meta, id_)
 
     assert file(meta, id_)["error_code"] == "no_token"
+
+
+def by_link(meta: Meta, link: str) -> UUID:
+    """A pending file that is to be had at a link, as gateways name them."""
+    id_ = a_file(meta)
+    with superuser() as connection:
+        query = "UPDATE media SET link = %s, provider_media_id = NULL, sha256 = NULL WHERE id = %s"
+        connection.execute(query, [link, id_])
+    return id_
+
+
+def test_a_link_to_a_place_inside_is_not_followed(meta: Meta) -> None:
+    id_ = by_link(meta, "https://169.254.169.254/latest/meta-data/")
+
+    fetch(meta, id_)
+
+    row = file(meta, id_)
+    assert (row["state"], row["error_code"], row["attempts"]) == (MediaState.FAILED, "blocked_address", 1)
+
+
+def test_a_link_into_a_network_of_the_operators_is_followed(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8, ::1/128")
+    settings.cache_clear()
+    providers._guarded.cache_clear()
+    try:
+        id_ = by_link(meta, f"{meta.url}/health")
+        fetch(meta, id_)
+    finally:
+        providers._guarded().close()
+        providers._guarded.cache_clear()
+
+    assert file(meta, id_)["state"] == MediaState.STORED
 
 
 def test_an_oversized_file_fails_at_once_and_without_a_trace(meta: Meta, tmp_path: Path) -> None:
