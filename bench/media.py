@@ -33,6 +33,7 @@ from providers.sniff import extension, sniff
 from providers.storage import Storage, connect, key_of
 
 _LARGE = 100_000_000
+_TENANT = uuid4()
 
 SERVER = """
 import os, socket, sys, threading
@@ -157,11 +158,11 @@ def _client() -> httpx.Client:
 
 
 def _store(client: httpx.Client, storage: Storage, url: str, size: int) -> None:
-    tenant = uuid4()
     with storage.spool() as spool:
         received = _download(client, url, spool, size)
         # A digest of its own for every file: each has to be stored, as files of customers differ.
-        key = key_of(tenant, hashlib.sha256(received.digest + tenant.bytes).digest(), extension(sniff(received.head)))
+        digest = hashlib.sha256(received.digest + uuid4().bytes).digest()
+        key = key_of(_TENANT, digest, extension(sniff(received.head)))
         storage.keep(spool, key)
     storage.delete(key)
 
