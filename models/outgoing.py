@@ -8,6 +8,8 @@ All of it needs the lane's lock (`models/lane.py`) and a transaction that sees t
 database's clock.
 """
 
+import copy
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -66,6 +68,24 @@ def delay(s: Session, tenant_id: UUID, waits: dict[UUID, float]) -> None:
     if waits:
         given = [{"id": id_, "delay": seconds} for id_, seconds in waits.items()]
         s.execute(_DELAY, _named(tenant_id, given))
+
+
+def set_aside(s: Session, tenant_id: UUID, ids: list[UUID], seconds: float) -> None:
+    """Queued messages whose files go up first. Whoever does that brings them back; if it dies, this time does."""
+    delay(s, tenant_id, dict.fromkeys(ids, seconds))
+
+
+def bring_back(s: Session, tenant_id: UUID, ids: list[UUID]) -> None:
+    """What was set aside takes its old place again."""
+    if ids:
+        s.execute(_BRING_BACK, {"tenant_id": tenant_id, "ids": ids})
+
+
+def refused_before(s: Session, tenant_id: UUID, ids: list[UUID]) -> set[UUID]:
+    """Those of these messages that the provider has refused for good more than once: they were tried again after it."""
+    if not ids:
+        return set()
+    return set(s.execute(_REFUSED_BEFORE, {"tenant_id": tenant_id, "ids": ids}).scalars())
 
 
 def wake(s: Session, tenant_id: UUID, conversation_ids: set[UUID]) -> None:
@@ -155,6 +175,35 @@ def reference(body: dict[str, Any]) -> str | None:
 def referring(body: dict[str, Any], provider_id: str) -> dict[str, Any]:
     """The body with the provider's id in place of ours."""
     return body | {part: body[part] | {key: provider_id} for part, key in _REFERENCES if key in body.get(part, {})}
+
+
+_FILES = ("image", "video", "audio", "document", "sticker")
+
+
+def media_ids(body: dict[str, Any]) -> list[UUID]:
+    """Our ids of the files that a message carries: its own, or those of its headers."""
+    return [UUID(part["media_id"]) for part in _files(body) if "media_id" in part]
+
+
+def carrying(body: dict[str, Any], provider_ids: Mapping[UUID, str]) -> dict[str, Any]:
+    """The body with the provider's ids in place of ours."""
+    body = copy.deepcopy(body)
+    for part in _files(body):
+        if "media_id" in part:
+            part["id"] = provider_ids[UUID(part.pop("media_id"))]
+    return body
+
+
+def _files(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects of a body that stand for a file, as `web/shapes.py` lets them through. What a body passes on as it is
+    (an `action`) has none: whatever is in there is the provider's affair."""
+    components = list(body.get("template", {}).get("components", []))
+    for carousel in list(components):
+        for card in carousel.get("cards", []):
+            components += card.get("components", [])
+    parameters = [parameter for component in components for parameter in component.get("parameters", [])]
+    for holder in (body, body.get("interactive", {}).get("header", {}), *parameters):
+        yield from (holder[kind] for kind in _FILES if kind in holder)
 
 
 def event(message: Any, status: str, **more: Any) -> dict[str, Any]:
@@ -277,6 +326,18 @@ _DELAY = text(f"""
     UPDATE message AS m SET due_at = now() + make_interval(secs => given.delay)
     FROM {rows(id="uuid", delay="float8")}
     WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id AND m.status = 'queued'
+""")
+
+# Only from a wait: a message without a date stands behind another one.
+_BRING_BACK = text("""
+    UPDATE message SET due_at = turn_at
+    WHERE tenant_id = :tenant_id AND id = ANY(:ids) AND status = 'queued' AND due_at > now()
+""")
+
+_REFUSED_BEFORE = text("""
+    SELECT message_id FROM attempt
+    WHERE tenant_id = :tenant_id AND message_id = ANY(:ids) AND outcome = 'refused' AND error_class = 'permanent'
+    GROUP BY message_id HAVING count(*) > 1
 """)
 
 _WAKE = text(f"""

@@ -19,6 +19,9 @@ _CONNECT = 10.0
 # only for so long as no server is known to close it.
 _KEEP_ALIVE = 20.0
 
+# For a call that moves much: a minute without a byte ends it, and its deadline does.
+PATIENT = httpx.Timeout(60.0, connect=_CONNECT, pool=_CONNECT)
+
 
 class Reply(NamedTuple):
     """A whole answer, of whatever status."""
@@ -80,7 +83,10 @@ class Clients:
 
 
 async def call(client: httpx.AsyncClient, request: httpx.Request, *, deadline: float = DEADLINE) -> Reply:
-    """The answer, in time and in bounds. Raises `NoReply`, and nothing else that the network could cause."""
+    """The answer, in time and in bounds. Raises `NoReply`, and nothing else that the network could cause.
+
+    What the request's own content raises while it is sent comes out as it is.
+    """
     has_left = False
     try:
         async with asyncio.timeout(deadline):

@@ -3,8 +3,9 @@
 An error says *what kind* it is (so: what to do) and *whom it concerns* (so: who else must wait).
 """
 
+from collections.abc import AsyncIterator
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -47,6 +48,7 @@ class Fault(msgspec.Struct, frozen=True):
     tries: int = 0  # how often a transient one may be met before the message fails
     wait: float = 0.0  # seconds that the provider wants to be left alone; 0 when it does not say
     is_outage: bool = False  # it speaks of trouble at the provider, and not with this message
+    is_about_file: bool = False  # perhaps it no longer has the file that the message named by the provider's id
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -70,7 +72,21 @@ class Answer(msgspec.Struct, frozen=True):
     trace_id: str | None = None
 
 
+class Attachment(NamedTuple):
+    """A file to hand to a provider, for messages to name it. `chunks` gives its bytes, once."""
+
+    mime_type: str
+    size: int
+    chunks: AsyncIterator[bytes]
+
+
 class Sender(Protocol):
     """A channel's way out. Never raises for what a provider or the network does."""
 
     async def send(self, message: Outgoing) -> Answer: ...
+
+    async def upload(self, file: Attachment) -> Answer:
+        """Hand over a file: `provider_id` is what messages call it then.
+
+        Nobody sees that, so it may be repeated, and the outcome is never unknown. Raises what `chunks` raises.
+        """

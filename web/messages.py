@@ -79,7 +79,8 @@ async def message(request: Request) -> Response:
     - `schedule`: `until` is its `not_before`;
     - `line`: `ahead` of its channel come first, at the number's rate; `is_sending` is false while no worker is at it;
     - `behind_another`: an earlier message of the same conversation is on its way;
-    - `retry`: it was refused for now, or its recipient has had as many as may be sent; next try at `until`;
+    - `retry`: it was refused for now, its recipient has had as many as may be sent, or its file goes up first; next try
+      at `until`;
     - `paused`: the channel, app or account reached a limit (`code`) and sends nothing before `until`;
     - `hold`: the channel is held since `since`, `hold` being auth, payment, outage or operator; `code` and `text`;
     - `settling`: its answer was lost (status `unknown`); a status may tell what became of it before `until`;

@@ -4,6 +4,9 @@ A provider that hangs holds up its own lane and no thread of the worker. A lane 
 answers that came are written down, what may go next is marked `sending` with its attempts, and the next candidates are
 picked; then the calls are made, at the slots that the pace gives them. After a slice of time the lane is given back,
 and its bell goes to the end of the queue. Not a queue, hence the underscore.
+
+Files that the provider must have first go up beside the calls (`_uploads.py`). A slice does not end them: the lane is
+kept, with its settings read anew, and its other messages go on.
 """
 
 import asyncio
@@ -12,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TypeVar
 from uuid import UUID, uuid4
 
@@ -27,9 +31,12 @@ from pombal.middleware import is_store_trouble
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
 from providers import connect, http
-from providers.outbound import Answer, Outcome, Outgoing, Sender
+from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Scope, Sender
+from providers.storage import Missing, StorageUnavailable
+from workers import _uploads
 from workers._line import Line, Plan, Work
-from workers._verdicts import STOPPED
+from workers._uploads import Damaged, Upload
+from workers._verdicts import NO_FILE, NO_STORAGE, STOPPED
 
 _log = log.get()
 T = TypeVar("T")
@@ -43,6 +50,8 @@ _HANGS = http.DEADLINE  # … that a slice goes on for at most when it ends with
 _TOO_LATE = 4.0  # … after its slot that a call must not leave any more; less than a lease
 _STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
 _STOP_PATIENCE = 15.0  # … that calls under way are waited for when the process is told to stop
+_UPLOADS = 4  # at a time, of all lanes, first come first served
+_UPLOAD_TRIES = 6  # of one that fails by our own fault
 _THREADS = 4  # for the database, shared by all lanes, first come first served
 
 
@@ -57,6 +66,7 @@ class Lanes(Middleware):
         self._clients: http.Clients | None = None
         self._pace: Pace | None = None
         self._runs: dict[UUID, Run] = {}
+        self.uploads = asyncio.Semaphore(_UPLOADS)
         self.has_worker = False
         self.stopping = False
 
@@ -173,6 +183,8 @@ class Run:
         self._news = asyncio.Event()
         self._open: dict[asyncio.Task[None], Work] = {}
         self._done: list[tuple[Work, Answer]] = []
+        self._uploading: set[asyncio.Task[None]] = set()
+        self._uploaded: list[tuple[Upload, Answer]] = []
         self._last_fire = 0.0
 
     def look(self) -> None:
@@ -184,18 +196,24 @@ class Run:
         line = await self._lanes.in_thread(functools.partial(Line.take, self.channel_id, uuid4(), self._lanes.pace))
         if line is None:
             return False
-        try:
-            sender = self._sender(line.channel)
-        except PombalError as error:  # a secret that no key opens, say: an operator must see it, and mend it
-            reason = str(error)
-            return await self._lanes.in_thread(lambda: line.refuse(reason))
-        try:
-            return await self._send_from(line, sender)
-        except Exception:
-            await self._rescue(line)
-            raise
+        while True:
+            try:
+                sender = self._sender(line.channel)
+            except PombalError as error:  # a secret that no key opens, say: an operator must see it, and mend it
+                await self._drop_uploads()
+                return await self._lanes.in_thread(functools.partial(line.refuse, str(error)))
+            try:
+                if await self._send_from(line, sender):
+                    is_due = await self._lanes.in_thread(line.release)
+                    return is_due or self._news.is_set()  # a bell that rang while the lane was being given back
+                await self._lanes.in_thread(line.refresh)
+            except Exception:
+                await self._rescue(line)
+                raise
 
     async def _send_from(self, line: Line, sender: Sender) -> bool:
+        """One slice. False when a file is still going up, so that the lane must not be given back; else nothing is
+        under way any more."""
         began, stop_at = time.monotonic(), None
         while True:
             length = _ALONE if self._lanes.is_alone else _SLICE
@@ -203,6 +221,7 @@ class Run:
             is_over = time.monotonic() - began > length + (_HANGS if self._has_straggler() else 0.0)
             if self._lanes.stopping:
                 is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
+                await self._drop_uploads()  # another process begins them anew
                 if time.monotonic() > stop_at:
                     self._give_up_waiting()
             plan = await self._turn(line, may_begin=not is_over)
@@ -210,17 +229,26 @@ class Run:
                 task = asyncio.create_task(self._deliver(sender, work, slot, line.gap))
                 self._open[task] = work
                 task.add_done_callback(self._closed)
+            for upload in plan.uploads:
+                self._begin_upload(sender, upload, line.channel.kind)
             if not self._open and not self._done and (is_over or not plan.goes_on):
-                self._news.clear()
-                is_due = await self._lanes.in_thread(line.release)
-                return is_due or self._news.is_set()  # a bell that rang while the lane was being given back
+                if not plan.is_ours or not (self._uploading or self._uploaded):
+                    await self._drop_uploads()
+                    self._news.clear()
+                    return True
+                if is_over:
+                    return False
             await self._wait(plan, can_gather=len(self._open) > 1)
 
     def _has_straggler(self) -> bool:
         return any(time.monotonic() - work.begun_at > _STRAGGLES for work in self._open.values())
 
     async def _rescue(self, line: Line) -> None:
-        """Something is wrong with a turn of ours: what is under way is waited for, and written down one by one."""
+        """Something is wrong with a turn of ours: what is under way is waited for, and written down one by one.
+
+        But for the uploads: their messages were not sent, and come back by themselves.
+        """
+        await self._drop_uploads()
         if self._open:
             await asyncio.wait(self._open)
         for work, answer in self._done:
@@ -235,9 +263,11 @@ class Run:
     async def _turn(self, line: Line, *, may_begin: bool) -> Plan:
         """One commit. While the database is away the answers are kept here; nothing more is sent meanwhile."""
         done, self._done = self._done, []
+        uploaded, self._uploaded = self._uploaded, []
         give_up_at = time.monotonic() + _STORE_PATIENCE
         while True:
-            turn = functools.partial(line.turn, done, under_way=list(self._open.values()), may_begin=may_begin)
+            under_way = list(self._open.values())
+            turn = functools.partial(line.turn, done, under_way=under_way, may_begin=may_begin, uploaded=uploaded)
             try:
                 return await self._lanes.in_thread(turn)
             except Exception as error:
@@ -257,7 +287,7 @@ class Run:
                     await self._news.wait()
             except TimeoutError:
                 pass
-            if self._done and can_gather:
+            if (self._done or self._uploaded) and can_gather:
                 await asyncio.sleep(_GATHER)
         self._news.clear()
 
@@ -279,6 +309,38 @@ class Run:
             answer = Answer(Outcome.UNKNOWN, why=type(error).__name__)
         metrics.provider_seconds.labels(provider=work.provider, operation="send").observe(time.monotonic() - began)
         self._done.append((work, answer))
+
+    def _begin_upload(self, sender: Sender, upload: Upload, provider: str) -> None:
+        task = asyncio.create_task(self._upload(sender, upload, provider))
+        self._uploading.add(task)
+        task.add_done_callback(self._uploading.discard)
+
+    async def _upload(self, sender: Sender, upload: Upload, provider: str) -> None:
+        async with self._lanes.uploads, aclosing(_uploads.chunks(upload.key, upload.size)) as chunks:
+            began = time.monotonic()
+            try:
+                answer = await sender.upload(Attachment(upload.mime_type, upload.size, chunks))
+            except (Missing, Damaged):
+                _log.error("media_missing", channel_id=str(self.channel_id))
+                answer = NO_FILE
+            except StorageUnavailable as error:
+                _log.warning("upload_waits_for_the_storage", channel_id=str(self.channel_id), error=str(error))
+                answer = NO_STORAGE
+            except Exception as error:  # of our own making
+                _log.error("upload_failed", channel_id=str(self.channel_id), traceback=log.redacted(error))
+                fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, "internal", type(error).__name__, tries=_UPLOAD_TRIES)
+                answer = Answer(Outcome.REFUSED, fault=fault)
+        metrics.provider_seconds.labels(provider=provider, operation="upload").observe(time.monotonic() - began)
+        self._uploaded.append((upload, answer))
+        self._news.set()
+
+    async def _drop_uploads(self) -> None:
+        """End what goes up: nobody is any the wiser, and it may be begun again."""
+        dropped = list(self._uploading)
+        for task in dropped:
+            task.cancel()
+        if dropped:
+            await asyncio.wait(dropped)
 
     def _closed(self, task: "asyncio.Task[None]") -> None:
         work = self._open.pop(task)

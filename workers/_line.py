@@ -1,14 +1,14 @@
 """One lane's turns: what a commit writes down, and what goes next.
 
-Table by table in the order that every transaction of the fleet keeps: identities, reports, the lane, attempts,
+Table by table in the order that every transaction of the fleet keeps: identities, reports, the lane, uploads, attempts,
 messages, conversations, events, dead letters. Everything here runs in a thread and opens transactions of its own; no
 call to a provider happens in one.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy import RowMapping
@@ -23,6 +23,7 @@ from models import (
     Event,
     Hold,
     Lane,
+    MediaUpload,
     Message,
     MessageStatus,
     StatusReport,
@@ -33,7 +34,8 @@ from pombal import db, log, metrics
 from pombal.ids import uuid7
 from pombal.pace import Grant, Pace
 from providers.outbound import Answer, Outcome, Scope
-from workers import _late, _verdicts
+from workers import _late, _uploads, _verdicts
+from workers._uploads import Upload, Uploads, Waiter
 from workers._verdicts import Heed, Verdict
 
 _log = log.get()
@@ -49,6 +51,7 @@ _SLOWEST = 0.1  # share of the rate
 _RECOVERY, _RISE = 10.0, 1.25  # seconds without a throttle after which the share rises, and by how much
 _MOST_RISES = 20  # from the slowest to the whole
 _FREE_FORM_PASS = ("template", "read")  # what the 24-hour window does not concern
+_NO_SUCH_FILE = "its file is no longer there"
 _WINDOW_CLOSED = "more than 24 hours since the customer last wrote: only a template may be sent"
 
 
@@ -68,38 +71,57 @@ class Work(NamedTuple):
     throttles: int
     is_probe: bool
     begun_at: float  # on the monotonic clock
+    files: tuple[str, ...] = ()  # of ours that it carries, by the provider's ids
+
+
+Known: TypeAlias = Work | Waiter | RowMapping  # what tells a message and its latest attempt
 
 
 class Plan(NamedTuple):
     """What follows from a turn: calls to make, each with its slot on the monotonic clock; and when to look again.
 
     `wait` in seconds, None for whenever something happens; `goes_on` is False when nothing may or need be sent.
+    `uploads` are to be started, and `is_ours` is False when somebody else may have the lane by now.
     """
 
     begun: list[tuple[Work, float]]
     wait: float | None
     goes_on: bool
+    uploads: list[Upload]
+    is_ours: bool
+
+
+class Look(NamedTuple):
+    """What a line has for a lane: messages that may go next, whether there is more behind them, and those that were set
+    aside until a file is up."""
+
+    candidates: list[RowMapping]
+    is_more: bool
+    expected: list[tuple[Upload, Waiter]]
 
 
 class Line:
     """A lane that this process holds, for one slice."""
 
     def __init__(self, lane: RowMapping, channel: Channel, token: UUID, pace: Pace) -> None:
-        self.channel = channel
         self._lane, self._token, self._pace_of = lane, token, pace
         self._tenant: UUID = lane["tenant_id"]
         self._id: UUID = lane["channel_id"]
-        config = channel.config
-        self._rate = float(config.get("messages_per_second", _RATE))
-        self._settle = timedelta(seconds=float(config.get("settle_seconds", outgoing.SETTLE_WAIT.total_seconds())))
-        self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
+        self._set_up(channel)
         self._share = _share(lane)
         self._misses: int = lane["misses"]
-        self._most = max(float(_MOST), self._rate / 2)
         self._window = 1.0 if lane["hold"] else float(_FEWEST)
         self._depth = _SHALLOWEST
         self._candidates: list[RowMapping] = []
         self._attempts: dict[UUID, UUID] = {}  # message → its next attempt, the same until a commit has begun it
+        self.uploads = Uploads()
+
+    def _set_up(self, channel: Channel) -> None:
+        self.channel, config = channel, channel.config
+        self._rate = float(config.get("messages_per_second", _RATE))
+        self._settle = timedelta(seconds=float(config.get("settle_seconds", outgoing.SETTLE_WAIT.total_seconds())))
+        self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
+        self._most = max(float(_MOST), self._rate / 2)
 
     @property
     def gap(self) -> float:
@@ -117,10 +139,22 @@ class Line:
             db.see(s, [lane["tenant_id"]])
             line = cls(lane, s.get_one(Channel, (lane["tenant_id"], channel_id)), token, pace)
             line._abandoned(s)
-            line._candidates, _ = outgoing.due(s, line._tenant, channel_id, int(line._window))
+            look = line.look(s, int(line._window), is_held=lane["hold"] is not None)
+            line._candidates = look.candidates
+            line._expect(look.expected)
             return line
 
         return _in_one_commit([], take)
+
+    def refresh(self) -> None:
+        """Read the channel's settings anew, the lane staying ours; nothing is being sent in this moment."""
+
+        def again(s: Session) -> Channel:
+            if Lane.renew(s, self._id, self._token) is not None:
+                self._abandoned(s)  # as below
+            return s.get_one(Channel, (self._tenant, self._id))
+
+        self._set_up(_in_one_commit([self._tenant], again))
 
     def release(self) -> bool:
         """Give the lane back; True when something is due in it."""
@@ -129,6 +163,7 @@ class Line:
             if Lane.renew(s, self._id, self._token) is None:
                 return False
             self._abandoned(s)  # what a commit began whose answer was lost
+            outgoing.bring_back(s, self._tenant, self.uploads.waiting())
             return Lane.release(s, self._tenant, self._id, self._token)
 
         return _in_one_commit([self._tenant], release)
@@ -143,12 +178,20 @@ class Line:
                 payload = {"hold": Hold.AUTH, "code": "misconfigured"}
                 Event.append(s, [Event.row("channel_held", self._tenant, self._id, None, payload)])
             self._abandoned(s)
+            outgoing.bring_back(s, self._tenant, self.uploads.waiting())
             return Lane.release(s, self._tenant, self._id, self._token)
 
         _log.error("channel_misconfigured", channel_id=str(self._id), error=reason)
         return _in_one_commit([self._tenant], refuse)
 
-    def turn(self, done: list[tuple[Work, Answer]], *, under_way: Collection[Work], may_begin: bool) -> Plan:
+    def turn(
+        self,
+        done: list[tuple[Work, Answer]],
+        *,
+        under_way: Collection[Work],
+        may_begin: bool,
+        uploaded: Sequence[tuple[Upload, Answer]] = (),
+    ) -> Plan:
         """Write the answers down, begin what may go, and pick the next candidates: one commit.
 
         It may be called again with the same answers after an error of the database.
@@ -158,22 +201,54 @@ class Line:
         # A status may tell of a message before the answer of its call does: the next one waits for that all the same.
         busy = {work.conversation_id for work in under_way}
         grants = self._grants(in_flight, busy) if may_begin else []
-        turn = Turn(self, done)
+        turn = Turn(self, done, uploaded)
         lane, begun = _in_one_commit([self._tenant], lambda s: turn.write(s, grants, in_flight, may_begin))
         turn.committed()
         self._attempts.clear()
         if lane is not None and turn.neighbours:
             self._pause_neighbours(lane, turn.neighbours)
         slots = [(work, asked + wait) for work, wait in begun]
+        uploads = self.uploads.begin(only_probes=turn.is_held) if turn.may_send else []
+        is_ours = lane is not None
         if not self._candidates:
-            # All that was looked at is behind others; there may be more of another kind after them.
-            return Plan(slots, 0.0 if turn.is_more else None, goes_on=turn.is_more)
+            # All that was looked at is behind others, or waits for a file; there may be more of another kind after it.
+            return Plan(slots, 0.0 if turn.is_more else None, turn.is_more, uploads, is_ours)
         room = self._window - in_flight - len(begun)
         if all(row["conversation_id"] in busy for row in self._candidates):
             room = 0
         full = [grant.wait for _, grant in grants if grant.full == "number"]
         wait = None if room < 1 else max(min(full), 0.005) if full else 0.0
-        return Plan(slots, wait, goes_on=True)
+        return Plan(slots, wait, True, uploads, is_ours)
+
+    def look(self, s: Session, most: int, *, is_held: bool, ended: Collection[Upload] = ()) -> Look:
+        """The oldest that may go next. Those whose file the provider has not are set aside until it has.
+
+        Of a lane that is held one message is the probe, and so is its file if that has to go up first. `ended`: uploads
+        that this same commit ends.
+        """
+        is_probing = self.uploads.is_probing(ended)
+        rows, is_more = outgoing.due(s, self._tenant, self._id, most)
+        needed = {row["id"]: outgoing.media_ids(row["body"]) for row in rows if not _is_too_late(row)}
+        files = MediaUpload.of(s, self._tenant, self._id, sorted({id_ for ids in needed.values() for id_ in ids}))
+        candidates: list[RowMapping] = []
+        expected: list[tuple[Upload, Waiter]] = []
+        for row in rows:
+            known = [files[id_] for id_ in needed.get(row["id"], ()) if id_ in files]
+            missing = next((file for file in known if file["provider_media_id"] is None), None)
+            if missing is None:
+                candidates.append(row)
+            elif not is_held or not (candidates or expected or is_probing):
+                expected.append((Upload.of(missing, is_probe=is_held), Waiter.of(row)))
+        if is_held and (expected or is_probing):
+            candidates, is_more = [], False
+        room = self.uploads.room
+        outgoing.set_aside(s, self._tenant, [waiter.id for _, waiter in expected[:room]], _uploads.SET_ASIDE)
+        outgoing.set_aside(s, self._tenant, [waiter.id for _, waiter in expected[room:]], _uploads.SET_ASIDE_LONG)
+        return Look(candidates, is_more, expected[:room])
+
+    def _expect(self, expected: list[tuple[Upload, Waiter]]) -> None:
+        for upload, waiter in expected:
+            self.uploads.expect(upload, waiter)
 
     def _grants(self, in_flight: int, busy: set[UUID]) -> list[tuple[RowMapping, Grant]]:
         """The candidates that there is room for, each with the leave of its number and its recipient."""
@@ -203,8 +278,10 @@ class Line:
 class Turn:
     """One commit of a line, and what is said of it afterwards."""
 
-    def __init__(self, line: Line, done: list[tuple[Work, Answer]]) -> None:
-        self._line, self._done = line, done
+    def __init__(
+        self, line: Line, done: list[tuple[Work, Answer]], uploaded: Sequence[tuple[Upload, Answer]] = ()
+    ) -> None:
+        self._line, self._done, self._uploaded = line, done, uploaded
         self._tenant, self._id = line._tenant, line._id
         self._provider = line.channel.kind
         self._reset()
@@ -219,6 +296,8 @@ class Turn:
         self.neighbours: Heed | None = None
         self.stops = False
         self.is_more = False
+        self.is_held = self.may_send = False
+        self.expected: list[tuple[Upload, Waiter]] = []
         self.misses, self.share, self.window, self.depth = line._misses, line._share, line._window, line._depth
 
     def write(
@@ -235,19 +314,24 @@ class Turn:
             Lane.expect(s, [{"tenant_id": self._tenant, "channel_id": self._id, "due_at": None}])
         else:
             self.share = _share(lane)
+        self._note_uploads(s)
         self._record(s, accepted)
+        if lane is not None:
+            self._judge_uploads(s)
         self._heed(s, lane)
         begun: list[tuple[Work, float]] = []
         candidates: list[RowMapping] = []
         if lane is not None and may_begin and lane["may_send"] and not self.stops:
-            begun = self._begin(s, grants, is_probe=lane["hold"] is not None)
-            if lane["hold"] is None or not (begun or in_flight):
+            self.may_send, self.is_held = True, lane["hold"] is not None
+            begun = self._begin(s, grants, is_probe=self.is_held)
+            ended = [upload for upload, _ in self._uploaded]
+            if not self.is_held or not (begun or in_flight or self._line.uploads.is_probing(ended)):
                 # In an outage others are the probes: a second silence would be the end of these.
                 self._decide_overdue(s)
             outgoing.wake(s, self._tenant, self.left)
             self.left.clear()
             most = max(int(self.window) - in_flight - len(begun), self.depth)
-            candidates, self.is_more = outgoing.due(s, self._tenant, self._id, most)
+            candidates, self.is_more, self.expected = self._line.look(s, most, is_held=self.is_held, ended=ended)
             # Many in a row to one recipient are set behind their first in ever larger steps.
             self.depth = min(_DEEPEST, most * 4) if self.is_more and not candidates else _SHALLOWEST
         made = {work.attempt_id for work, _ in begun}
@@ -267,6 +351,9 @@ class Turn:
         line = self._line
         line._misses, line._share = self.misses, self.share
         line._window, line._depth, line._candidates = self.window, self.depth, self._candidates
+        for upload, _ in self._uploaded:
+            line.uploads.ended(upload)
+        line._expect(self.expected)
         for say in self.said:
             say()
 
@@ -275,18 +362,56 @@ class Turn:
     def _record(self, s: Session, accepted: list[tuple[Work, Answer]]) -> None:
         news = Attempt.end(s, self._tenant, [_ended(work, answer) for work, answer in self._done])
         self._adopt(s, [(work, answer) for work, answer in accepted if work.attempt_id in news])
+        anew = self._without_their_files(s, news)
         self._put(
             s,
             [
-                (work, _verdicts.verdict(answer, type_=work.type, tries=work.tries, throttles=work.throttles,
-                                         settle=self._line._settle, is_probe=work.is_probe))
+                (work, anew.get(work.id) or _verdicts.verdict(answer, type_=work.type, tries=work.tries,
+                                                              throttles=work.throttles, settle=self._line._settle,
+                                                              is_probe=work.is_probe))
                 for work, answer in self._done
                 if answer.outcome is not Outcome.ACCEPTED and work.attempt_id in news
             ],
         )  # fmt: skip
         for _, answer in self._done:
-            if answer.outcome is Outcome.ACCEPTED or answer is _verdicts.STOPPED:
+            self._count(answer)
+
+    def _without_their_files(self, s: Session, news: set[UUID]) -> dict[UUID, Verdict]:
+        """The provider may have forgotten the files of these messages: so do we, and each is tried once more."""
+        lost = [
+            (work, answer.fault)
+            for work, answer in self._done
+            if work.files and work.attempt_id in news and answer.fault is not None and answer.fault.is_about_file
+        ]
+        MediaUpload.forget(s, self._tenant, self._id, [id_ for work, _ in lost for id_ in work.files])
+        before = outgoing.refused_before(s, self._tenant, [work.id for work, _ in lost])
+        return {work.id: _verdicts.with_a_fresh_upload(fault) for work, fault in lost if work.id not in before}
+
+    def _note_uploads(self, s: Session) -> None:
+        """What the provider calls the files it has taken."""
+        taken = {upload.digest: answer.provider_id for upload, answer in self._uploaded if answer.provider_id}
+        MediaUpload.keep(s, self._tenant, self._id, taken)
+
+    def _judge_uploads(self, s: Session) -> None:
+        """Who waited for a file goes on, or shares its failure: none of them was sent."""
+        for upload, answer in self._uploaded:
+            waiters = self._line.uploads.waiting_for(upload)
+            if answer.outcome is Outcome.ACCEPTED:
+                outgoing.bring_back(s, self._tenant, [waiter.id for waiter in waiters])
                 continue
+            self._put(
+                s,
+                [
+                    (waiter, _verdicts.verdict(answer, type_=waiter.type, tries=waiter.tries,
+                                               throttles=waiter.throttles, is_probe=upload.is_probe))
+                    for waiter in waiters
+                ],
+            )  # fmt: skip
+            self._count(answer)
+
+    def _count(self, answer: Answer) -> None:
+        """One more call that did not do what it was for."""
+        if answer.outcome is not Outcome.ACCEPTED and answer not in _verdicts.OWN_TROUBLE:
             kind = answer.fault.kind if answer.fault else answer.outcome
             self.said.append(metrics.provider_errors.labels(self._provider, kind).inc)
 
@@ -314,7 +439,7 @@ class Turn:
             if work.type == "read":
                 Conversation.was_read(s, self._tenant, self._id, work.body["read"]["message_id"])
 
-    def _put(self, s: Session, verdicts: list[tuple[Work | RowMapping, Verdict]]) -> None:
+    def _put(self, s: Session, verdicts: Sequence[tuple[Known, Verdict]]) -> None:
         """Move messages to where their verdicts say."""
         by_id: dict[UUID, Verdict] = {}
         given = []
@@ -369,7 +494,15 @@ class Turn:
                 self.misses = 0
                 self.window = min(self._line._most, self.window + 1)
         probe = next((answer for work, answer in told if work.is_probe), None)
-        heeds = [heed for _, answer in told if (heed := _verdicts.heed(answer))]
+        for upload, answer in self._uploaded:
+            # One that succeeds is no proof that messages get through: it takes nothing back, and ends no hold.
+            is_first = answer.outcome is not Outcome.REFUSED or self._is_first(upload)
+            self.misses += _verdicts.misses(answer) if is_first else 0
+            heed = _verdicts.heed(answer)
+            if upload.is_probe and (_verdicts.misses(answer) or (heed and heed.hold)):
+                probe = answer
+        answers = [answer for _, answer in (*told, *self._uploaded)]
+        heeds = [heed for answer in answers if (heed := _verdicts.heed(answer))]
         holds = [heed for heed in heeds if heed.hold]
         if holds:
             self._hold(s, holds[0], is_probe=probe is not None)
@@ -386,6 +519,10 @@ class Turn:
         for heed in heeds:
             if heed.pause:
                 self._pause(s, heed, lane)
+
+    def _is_first(self, upload: Upload) -> bool:
+        """Whether its failure is news, and not one more of messages that fail again and again."""
+        return any(waiter.tries == 0 for waiter in self._line.uploads.waiting_for(upload))
 
     def _hold(self, s: Session, heed: Heed, *, is_probe: bool) -> None:
         self.stops = True
@@ -421,7 +558,7 @@ class Turn:
     def _begin(self, s: Session, grants: list[tuple[RowMapping, Grant]], *, is_probe: bool) -> list[tuple[Work, float]]:
         outgoing.delay(s, self._tenant, {row["id"]: grant.wait for row, grant in grants if grant.full == "pair"})
         free = [(row, grant.wait) for row, grant in grants if not grant.full]
-        refused: list[tuple[Work | RowMapping, Verdict]] = []
+        refused: list[tuple[Known, Verdict]] = []
         bodies = self._bodies(s, [row for row, _ in free], refused)
         attempts = [{"message_id": id_, "attempt_id": self._line._attempts.setdefault(id_, uuid7())} for id_ in bodies]
         begun = Attempt.begin(s, self._tenant, self._id, attempts)
@@ -431,31 +568,43 @@ class Turn:
             if row["id"] not in begun:
                 continue
             attempt_id, is_new = begun[row["id"]]
-            works.append((self._work(row, attempt_id, bodies[row["id"]], is_probe=is_probe), wait))
+            works.append((self._work(row, attempt_id, *bodies[row["id"]], is_probe=is_probe), wait))
             if is_new:
                 self.events.append(outgoing.event(row, MessageStatus.SENDING, attempt=row["attempts"] + 1))
         return works
 
     def _bodies(
-        self, s: Session, rows: list[RowMapping], refused: list[tuple[Work | RowMapping, Verdict]]
-    ) -> dict[UUID, dict[str, Any]]:
-        """What to send of each message, with the provider's id of the message it refers to. Some cannot be sent."""
+        self, s: Session, rows: list[RowMapping], refused: list[tuple[Known, Verdict]]
+    ) -> dict[UUID, tuple[dict[str, Any], tuple[str, ...]]]:
+        """What to send of each message, with the provider's ids of the message it refers to and of its files, and
+        these ids. Some cannot be sent; one whose file was forgotten meanwhile is left where it is."""
         named = {row["id"]: name for row in rows if (name := outgoing.reference(row["body"]))}
         found = Message.named(s, [(self._tenant, self._id, name) for name in named.values()])
+        files = MediaUpload.of(
+            s, self._tenant, self._id, sorted({id_ for row in rows for id_ in outgoing.media_ids(row["body"])})
+        )
         bodies = {}
         for row in rows:
-            name = named.get(row["id"])
+            name, carried = named.get(row["id"]), outgoing.media_ids(row["body"])
             target = found.get((self._tenant, self._id, name)) if name else None
-            if row["is_window_closed"] and row["type"] not in _FREE_FORM_PASS:
+            if _is_too_late(row):
                 refused.append((row, Verdict(MessageStatus.FAILED, error_code="131047", error=_WINDOW_CLOSED)))
             elif target is not None and target["provider_id"] is None:
                 text = "the message it refers to was not sent"
                 refused.append((row, Verdict(MessageStatus.FAILED, error_code="reference_not_sent", error=text)))
+            elif any(id_ not in files for id_ in carried):
+                refused.append((row, Verdict(MessageStatus.FAILED, error_code="file_missing", error=_NO_SUCH_FILE)))
             else:
-                bodies[row["id"]] = outgoing.referring(row["body"], target["provider_id"]) if target else row["body"]
+                ids = {id_: provider_id for id_ in carried if (provider_id := files[id_]["provider_media_id"])}
+                if len(ids) < len(set(carried)):
+                    continue
+                body = outgoing.referring(row["body"], target["provider_id"]) if target else row["body"]
+                bodies[row["id"]] = outgoing.carrying(body, ids) if ids else body, tuple(ids.values())
         return bodies
 
-    def _work(self, row: RowMapping, attempt_id: UUID, body: dict[str, Any], *, is_probe: bool) -> Work:
+    def _work(
+        self, row: RowMapping, attempt_id: UUID, body: dict[str, Any], files: tuple[str, ...], *, is_probe: bool
+    ) -> Work:
         if row["attempts"] == 0:
             waited = row["waited"]
             self.said.append(lambda: metrics.send_wait.labels(self._provider).observe(max(0.0, float(waited))))
@@ -473,11 +622,12 @@ class Turn:
             throttles=row["throttles"],
             is_probe=is_probe,
             begun_at=time.monotonic(),
+            files=files,
         )
 
     def _decide_overdue(self, s: Session) -> None:
         """No status told in time what became of these: the channel's policy decides."""
-        decided: list[tuple[Work | RowMapping, Verdict]] = []
+        decided: list[tuple[Known, Verdict]] = []
         for row in outgoing.overdue(s, self._tenant, self._id):
             verdict = _verdicts.unanswered(unknowns=row["unknowns"], policy=self._line._policy)
             outcome = "asked" if verdict.is_given_up else "once_more"
@@ -502,8 +652,13 @@ def _why(row: RowMapping, verdict: Verdict) -> str:
     return f"refused {row['tries']} times, at last with code {verdict.error_code}"
 
 
-def _ids(message: Work | RowMapping) -> dict[str, Any]:
-    if isinstance(message, Work):
+def _is_too_late(row: RowMapping) -> bool:
+    """Whether the 24 hours are over in which it could have been sent."""
+    return bool(row["is_window_closed"]) and row["type"] not in _FREE_FORM_PASS
+
+
+def _ids(message: Known) -> dict[str, Any]:
+    if isinstance(message, Work | Waiter):
         return {"id": message.id, "attempt_id": message.attempt_id}
     return {"id": message["id"], "attempt_id": message["attempt_id"]}
 

@@ -17,6 +17,14 @@ _MOST_STEPS = 5  # of a wait for a recipient's limit: 4^5 seconds
 _NO_CONNECTION_WAIT = 2.0
 ONCE_MORE, ASK = "once_more", "ask"  # what to do when nobody told what became of a send
 STOPPED = Answer(Outcome.NOT_SENT, why="the process was told to stop")  # says nothing of the provider
+# Of a file that was to go up: neither says anything of the provider.
+NO_STORAGE = Answer(Outcome.NOT_SENT, why="the storage of its file cannot be used")
+NO_FILE = Answer(
+    Outcome.REFUSED,
+    fault=Fault(Kind.PERMANENT, Scope.MESSAGE, "file_missing", "the storage no longer has the file as it was stored"),
+)
+OWN_TROUBLE = (STOPPED, NO_STORAGE, NO_FILE)
+_STORAGE_WAIT = 10.0
 DOUBLES_ALLOWED = 1  # extra attempts, each of which may reach the recipient a second time
 
 
@@ -56,6 +64,9 @@ def verdict(
     """What becomes of a message whose attempt was not accepted. `tries` and `throttles` are those before."""
     if answer is STOPPED:
         return Verdict(MessageStatus.QUEUED, 0)
+    if answer is NO_STORAGE:
+        wait = _spread(_STORAGE_WAIT)
+        return Verdict(MessageStatus.QUEUED, wait, error_code="storage_unavailable", error=answer.why)
     if answer.outcome is Outcome.NOT_SENT:
         return Verdict(MessageStatus.QUEUED, _spread(_NO_CONNECTION_WAIT), error_code="unreachable", error=answer.why)
     if answer.outcome is Outcome.UNKNOWN:
@@ -88,6 +99,11 @@ def _transient(fault: Fault, tries: int) -> Verdict:
     return Verdict(MessageStatus.QUEUED, max(backoff, fault.wait), tries=1, error_code=fault.code, error=fault.text)
 
 
+def with_a_fresh_upload(fault: Fault) -> Verdict:
+    """The provider may have forgotten the message's file: at its place, with the file handed over anew."""
+    return Verdict(MessageStatus.QUEUED, 0, error_code=fault.code, error=fault.text)
+
+
 def unanswered(*, unknowns: int, policy: str) -> Verdict:
     """A message of which no status told anything in time (security-reliability.md O2)."""
     if policy == ONCE_MORE and unknowns <= DOUBLES_ALLOWED:
@@ -113,6 +129,8 @@ def heed(answer: Answer) -> Heed | None:
 
 def misses(answer: Answer) -> int:
     """How much an answer speaks for an outage: nothing, or one or two points."""
+    if answer in OWN_TROUBLE:
+        return 0
     if answer.outcome is Outcome.NOT_SENT:
         return 2
     is_outage = answer.fault is not None and answer.fault.is_outage

@@ -121,7 +121,7 @@ def test_the_type_is_that_of_the_bytes_and_only_pictures_and_sound_are_shown_in_
     "name",
     [
         "../../etc/passwd",
-        "C:\\autoexec.bat",
+        f"{DRIVE}\\autoexec.bat",
         "a\r\nSet-Cookie: session=stolen\r\n\r\n<script>",
         'x"; filename="y.html',
         "\u202egpj.exe",
@@ -153,6 +153,7 @@ def test_a_hostile_name_does_no_harm(customer: Customer, name: str) -> None:
 
 
 CONTENT = pdf(1_000)
+DRIVE = "C:"
 
 
 @pytest.mark.parametrize(

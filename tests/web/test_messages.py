@@ -14,7 +14,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from models import ApiKey, Attempt, Hold, Lane, Template, outgoing
+from models import ApiKey, Attempt, File, Hold, Lane, Media, Template, outgoing
 from pombal.cli import admin
 from pombal.ids import uuid7
 from pombal.supervisor import until
@@ -25,6 +25,7 @@ from workers import incoming_message
 
 TO = "+5511944440001"
 URL = "/api/v1/messages"
+MIB = 1024 * 1024
 IN_TIME = 6.0  # seconds; the bar is 3, the machine is shared
 
 
@@ -552,6 +553,120 @@ def test_where_no_window_is_known_the_provider_decides(customer: Customer) -> No
     customer.sent()
 
 
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def a_file(
+    shop: Shop, mime_type: str = "image/jpeg", size: int = 1_000, *, claimed: str | None = None, **media: Any
+) -> str:
+    """The id of a file of ours, stored unless `media` says otherwise."""
+    id_, digest = uuid7(), uuid.uuid4().bytes * 2
+    given = {"state": "stored", "digest": digest, "kind": "image", "deadline": datetime.now(UTC)} | media
+    given["mime_type"] = claimed
+    kept = {"tenant_id": shop.tenant.id, "digest": digest, "key": str(id_), "bytes": size, "mime_type": mime_type}
+    with seen_by(shop) as s:
+        File.keep(s, kept)
+        s.add(Media(tenant_id=shop.tenant.id, id=id_, **given))
+    return str(id_)
+
+
+WORD = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+
+
+@pytest.mark.parametrize(
+    ("type_", "mime_type", "size"),
+    [
+        ("image", "image/png", 5 * MIB),
+        ("video", "video/3gpp", 16 * MIB),
+        ("audio", "audio/ogg", 16 * MIB),
+        ("document", "application/pdf", 100 * MIB),
+        ("sticker", "image/webp", 500 * 1024),
+    ],
+)
+def test_a_file_of_ours_is_queued_by_our_id(customer: Customer, type_: str, mime_type: str, size: int) -> None:
+    media_id = a_file(customer.shop, mime_type, size)
+
+    row = customer.row(customer.sent(text=None, type=type_, **{type_: {"media_id": media_id}}))
+
+    assert row["body"] == {type_: {"media_id": media_id}}
+
+
+@pytest.mark.parametrize(
+    ("type_", "mime_type", "size", "limit"),
+    [
+        ("image", "image/jpeg", 5 * MIB + 1, 5 * MIB),
+        ("video", "video/mp4", 16 * MIB + 1, 16 * MIB),
+        ("audio", "audio/mpeg", 16 * MIB + 1, 16 * MIB),
+        ("document", "text/plain", 100 * MIB + 1, 100 * MIB),
+        ("sticker", "image/webp", 500 * 1024 + 1, 500 * 1024),
+        ("image", "image/webp", 10, ["image/jpeg", "image/png"]),
+        ("sticker", "image/jpeg", 10, ["image/webp"]),
+        ("video", "video/quicktime", 10, ["video/mp4", "video/3gpp"]),
+        ("document", "text/html", 10, None),
+        ("document", "application/octet-stream", 10, None),
+        ("audio", "audio/wav", 10, None),
+    ],
+)
+def test_a_file_that_the_provider_would_refuse_is_refused(
+    customer: Customer, type_: str, mime_type: str, size: int, limit: Any
+) -> None:
+    media_id = a_file(customer.shop, mime_type, size)
+
+    given: dict[str, Any] = {type_: {"media_id": media_id}}
+    answer = customer.sends(text=None, type=type_, **given)
+
+    assert (answer.status_code, error(answer)["details"]["field"]) == (422, f"$.{type_}.media_id")
+    assert limit in (None, error(answer)["details"]["limit"])
+    assert media_id not in answer.text
+    assert customer.rows() == []
+
+
+def test_another_tenants_file_is_as_if_missing(web: Web, customer: Customer) -> None:
+    names = [a_file(a_customer(web).shop), str(uuid.uuid4()), "4711", "x" * 36]
+    answers = [customer.sends(text=None, type="image", image={"media_id": name}) for name in names]
+
+    seen = {(one.status_code, error(one)["code"], error(one)["message"], str(error(one)["details"])) for one in answers}
+    assert seen == {(404, "NOT_FOUND", "no such file", "{'field': '$.image.media_id'}")}
+    assert customer.rows() == []
+
+
+@pytest.mark.parametrize("state", ["pending", "failed"])
+def test_a_file_must_be_stored_before_it_is_sent(customer: Customer, state: str) -> None:
+    media_id = a_file(customer.shop, state=state, digest=None)
+
+    answer = customer.sends(text=None, type="image", image={"media_id": media_id})
+
+    assert (answer.status_code, error(answer)["details"]) == (422, {"field": "$.image.media_id"})
+
+
+@pytest.mark.parametrize(
+    ("claimed", "is_mislabelled", "is_taken"),
+    [(WORD, False, True), (f"{WORD}; x=y", False, True), (WORD, True, False), (None, False, False)],
+)
+def test_where_the_bytes_leave_an_office_file_open_its_claim_counts(
+    customer: Customer, claimed: str | None, is_mislabelled: bool, is_taken: bool
+) -> None:
+    media_id = a_file(customer.shop, "application/zip", claimed=claimed, is_mislabelled=is_mislabelled)
+
+    answer = customer.sends(text=None, type="document", document={"media_id": media_id})
+
+    assert answer.status_code == (202 if is_taken else 422)
+
+
+def test_files_in_headers_are_looked_at_too(customer: Customer) -> None:
+    image, pdf = a_file(customer.shop), a_file(customer.shop, "application/pdf")
+    for media_id, code in ((image, 202), (pdf, 422), (str(uuid.uuid4()), 404)):
+        parameter = {"type": "image", "image": {"media_id": media_id}}
+        components = [{"type": "header", "parameters": [parameter]}]
+        template = {"name": "summer", "language": "pt_BR", "components": components}
+
+        answer = customer.sends(text=None, type="template", template=template)
+
+        assert answer.status_code == code, answer.text
+        field = "$.template.components[0].parameters[0].image.media_id"
+        assert code == 202 or error(answer)["details"]["field"] == field
+
+
 @pytest.mark.parametrize(
     ("status", "is_taken"), [("approved", True), ("reinstated", True), ("paused", False), ("rejected", False)]
 )
@@ -597,6 +712,7 @@ def test_a_queued_message_is_shown_as_it_is(customer: Customer) -> None:
         "error": None,
         "pricing": None,
         "conversation": None,
+        "media": None,
         "waiting": {"reason": "line", "ahead": 0, "is_sending": False},
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from web.errors import Failure
-from web.shapes import MOST_AHEAD, TYPES, Ask, asked, asked_the_old_way
+from web.shapes import MOST_AHEAD, TYPES, Ask, OwnFile, asked, asked_the_old_way
 
 TO = "+5511944440001"
 SECRET = "do-not-repeat-this"
@@ -92,6 +92,24 @@ def test_a_reply_names_the_message_it_is_known_by_best() -> None:
 
     assert one.reference == ("our-id", "$.reply_to")
     assert body(one, "wamid.X") == {"text": {"body": "Olá"}, "context": {"message_id": "wamid.X"}}
+
+
+def test_a_file_of_ours_is_named_with_the_field_that_it_stands_in() -> None:
+    id_ = "0198c0de-0198-70de-8198-c0de0198c0de"
+    given = {"media_id": id_, "caption": "c", "mime_type": "image/png", "bytes": 10}
+    headers = [{"type": "header", "parameters": [{"type": "video", "video": {"media_id": id_}}]}]
+    cards = [{"card_index": 0, "components": headers}]
+    template = {"name": "a", "language": "pt_BR", "components": [{"type": "carousel", "cards": cards}]}
+    at = "$.template.components[0].cards[0].components[0].parameters[0].video.media_id"
+
+    assert body(ask(type="image", media=given)) == {"image": {"media_id": id_, "caption": "c"}}
+    assert ask(type="image", media=given).files == (OwnFile(id_, "$.media.media_id", "image"),)
+    assert ask(type="template", template=template).files == (OwnFile(id_, at, "video"),)
+    assert ask(
+        type="interactive", interactive=buttons(a_button(), header={"type": "document", "document": {"media_id": id_}})
+    ).files == (OwnFile(id_, "$.interactive.header.document.media_id", "document"),)
+    assert ask(type="image", image={"id": "1"}).files == ()
+    assert old(to=TO, type="image", content={"media_id": id_}).files == (OwnFile(id_, "$.content.media_id", "image"),)
 
 
 @pytest.mark.parametrize("kind", ["image", "video", "audio", "document", "sticker"])
@@ -316,8 +334,8 @@ FIELDS: list[tuple[str, Any, str, Any]] = [
     ("text", 7, "$.text", None),
     ("text", {"body": "x", "preview_url": "yes"}, "$.text.preview_url", None),
     ("text", {"body": "x", "colour": "red"}, "$.text.colour", None),
-    ("image", {}, "$.image", ["id", "link"]),
-    ("image", {"id": "1", "link": "https://example.com/a"}, "$.image", ["id", "link"]),
+    ("image", {}, "$.image", ["media_id", "id", "link"]),
+    ("image", {"id": "1", "link": "https://example.com/a"}, "$.image", ["media_id", "id", "link"]),
     ("image", {"id": "1", "caption": "x" * 1025}, "$.image.caption", 1024),
     ("image", {"id": "1", "filename": "x"}, "$.image.filename", None),
     ("image", {"id": "../1"}, "$.image.id", None),
@@ -373,7 +391,7 @@ FIELDS: list[tuple[str, Any, str, Any]] = [
         "interactive",
         buttons(a_button(), header={"type": "image", "image": {"id": "1", "link": "https://example.com"}}),
         "$.interactive.header.image",
-        ["id", "link"],
+        ["media_id", "id", "link"],
     ),
     (
         "interactive",
@@ -452,7 +470,7 @@ FIELDS: list[tuple[str, Any, str, Any]] = [
         "template",
         a_template({"type": "header", "parameters": [{"type": "image", "image": {}}]}),
         "$.template.components[0].parameters[0].image",
-        ["id", "link"],
+        ["media_id", "id", "link"],
     ),
     (
         "template",
@@ -668,7 +686,7 @@ def test_the_old_form_takes_every_type() -> None:
         ({"to": TO, "type": "text"}, "$.content", None),
         ({"to": TO, "type": "text", "content": ""}, "$.content", 1),
         ({"to": TO, "type": "text", "content": {"body": "x" * 4097}}, "$.content.body", 4096),
-        ({"to": TO, "type": "image", "content": {}}, "$.content", ["id", "link"]),
+        ({"to": TO, "type": "image", "content": {}}, "$.content", ["media_id", "id", "link"]),
         ({"to": TO, "type": "image", "content": "x"}, "$.content", None),
         ({"to": TO, "type": "reaction", "content": {"emoji": ""}}, "$.content.message_id", None),
         ({"to": TO, "type": "text", "content": "x", "text": "x"}, "$.text", None),
