@@ -30,6 +30,8 @@ from tests.web.process import Web, Wire, request, running
 from tests.web.served import served
 from workers import incoming_message
 
+DRIVE = "C:"
+
 
 @pytest.fixture
 def customer(web: Web) -> Customer:
@@ -153,7 +155,6 @@ def test_a_hostile_name_does_no_harm(customer: Customer, name: str) -> None:
 
 
 CONTENT = pdf(1_000)
-DRIVE = "C:"
 
 
 @pytest.mark.parametrize(
