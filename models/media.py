@@ -12,11 +12,12 @@ from uuid import UUID
 from sqlalchemy import Index, Row, RowMapping, UniqueConstraint, func, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from models.base import Base, Dated, Tenanted, belongs_to, given_rows, id_column, rows
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
+from pombal.ids import uuid7
 
 CLAIM = timedelta(seconds=20)  # extended while its process lives
 FATAL_CRASHES = 5  # claims in a row that ended without a verdict; its neighbours in a killed process have some too
-AT_ONCE = 12  # downloads of one tenant that run at a time, so that there are threads for the others
+AT_ONCE = 8  # downloads of one tenant that run at a time, so that there are threads for the others
 _RING_AGAIN = timedelta(seconds=30)
 _URGENT = timedelta(days=1)  # before the deadline
 
@@ -38,7 +39,10 @@ class Media(Tenanted, Dated, Base):
         Index("ix_media_digest", "tenant_id", "digest"),
     )
 
-    id: Mapped[UUID] = id_column()
+    # By itself where an older release writes the row while this one is being rolled out.
+    id: Mapped[UUID] = mapped_column(
+        primary_key=True, default=uuid7, server_default=func.gen_random_uuid(), sort_order=-1
+    )
     message_id: Mapped[UUID | None]  # none for an upload, which any message may send
     channel_id: Mapped[UUID | None]
     provider_media_id: Mapped[str | None]
@@ -68,12 +72,14 @@ class Media(Tenanted, Dated, Base):
             s.execute(_EXPECT, {**given_rows(given), "ring_again": _RING_AGAIN})
 
     @staticmethod
-    def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, UUID]]:
-        """(tenant, id) of files that are due and were not rung for lately, newest first; notes that they are rung for.
+    def to_ring(s: Session, *, at_once: bool = False) -> list[tuple[UUID, UUID]]:
+        """(tenant, id) of files that are due and were not rung for lately; notes that they are rung for.
 
-        Sees the tenants of the session. `at_once` does not ask when the last bell was.
+        As many of each tenant that the session sees as it may have in work: a job goes on with the others. `at_once`
+        does not ask when the last bell was.
         """
-        found = s.execute(_TO_RING, {"limit": limit, "at_once": at_once, "again": _RING_AGAIN})
+        given = {"most": AT_ONCE, "at_once": at_once, "again": _RING_AGAIN, "urgent": _URGENT}
+        found = s.execute(_TO_RING, given)
         return [(row.tenant_id, row.id) for row in found]
 
     @staticmethod
@@ -84,6 +90,7 @@ class Media(Tenanted, Dated, Base):
         What has less than a day left comes first; then the newest message's file, which somebody is waiting for.
         """
         given = {"tenant_id": tenant_id, "token": token, "id": id_, "most": AT_ONCE, "claim": CLAIM, "urgent": _URGENT}
+        s.execute(_ONE_BY_ONE, {"tenant_id": tenant_id})  # else each of several would count without the others
         return s.execute(_CLAIM, given).mappings().one_or_none()
 
     @staticmethod
@@ -105,9 +112,12 @@ class Media(Tenanted, Dated, Base):
         return _ended(s, row, {**given, "error": error})
 
     @staticmethod
-    def put_back(s: Session, row: RowMapping, wait: float, *, code: str, error: str, counts: bool = True) -> bool:
-        """Due again after so many seconds, at the latest at its deadline. Unless it `counts`, this was no attempt."""
-        given = {"wait": timedelta(seconds=wait), "code": code, "error": error, "uncounted": 0 if counts else 1}
+    def put_back(
+        s: Session, row: RowMapping, wait: float, *, code: str | None, error: str | None, counts: bool = True
+    ) -> bool:
+        """Due again after so many seconds, at the latest at its deadline. Unless it `counts`, this was no attempt, and
+        says nothing about the time that is left."""
+        given = {"wait": timedelta(seconds=wait), "code": code, "error": error, "counts": counts}
         return bool(s.execute(_PUT_BACK, {**_key(row), **given}).rowcount)  # type: ignore[attr-defined] # of an UPDATE
 
     @staticmethod
@@ -118,7 +128,10 @@ class Media(Tenanted, Dated, Base):
 
     @staticmethod
     def wake(s: Session, tenant_id: UUID, channel_id: UUID) -> int:
-        """A channel has a new token: its files need not wait any longer. Returns how many there are."""
+        """A channel has a new token: its files need not wait any longer. Returns how many there are.
+
+        Those in work lose their claims: what the old token came to must not be written down any more.
+        """
         given = {"tenant_id": tenant_id, "channel_id": channel_id}
         return int(s.execute(_WAKE, given).rowcount)  # type: ignore[attr-defined] # of an UPDATE
 
@@ -161,15 +174,21 @@ _EXPECT = text(f"""
 
 _TO_RING = text("""
     WITH due AS (
-        SELECT tenant_id, id, deadline FROM media
-        WHERE state = 'pending' AND next_attempt_at <= now() AND (:at_once OR next_ring_at <= now())
-        ORDER BY deadline DESC LIMIT :limit FOR UPDATE SKIP LOCKED
+        SELECT of_one.tenant_id, of_one.id FROM tenant, LATERAL (
+            SELECT tenant_id, id FROM media
+            WHERE tenant_id = tenant.id AND state = 'pending' AND next_attempt_at <= now()
+                AND (:at_once OR next_ring_at <= now())
+            ORDER BY deadline > now() + :urgent, deadline DESC LIMIT :most FOR UPDATE SKIP LOCKED
+        ) AS of_one
+        WHERE EXISTS (SELECT FROM media WHERE state = 'pending' AND next_attempt_at <= now())
     ), rung AS (
         UPDATE media SET next_ring_at = now() + :again FROM due
         WHERE (media.tenant_id, media.id) = (due.tenant_id, due.id)
     )
-    SELECT tenant_id, id FROM due ORDER BY deadline DESC, id DESC
+    SELECT tenant_id, id FROM due
 """)
+
+_ONE_BY_ONE = text("SELECT pg_advisory_xact_lock(hashtextextended('media ' || CAST(:tenant_id AS text), 0))")
 
 _CLAIM = text("""
     WITH busy AS (
@@ -210,9 +229,10 @@ _ENDED = text("""
 """)
 
 _PUT_BACK = text("""
-    UPDATE media SET claim_token = NULL, crashes = 0, attempts = attempts - :uncounted, error_code = :code,
-        error = :error, next_ring_at = now(),
-        next_attempt_at = greatest(least(now() + :wait, deadline), now() + interval '1 second')
+    UPDATE media SET claim_token = NULL, crashes = 0, attempts = CASE WHEN :counts THEN attempts ELSE attempts - 1 END,
+        error_code = coalesce(:code, error_code), error = coalesce(:error, error), next_ring_at = now(),
+        next_attempt_at = CASE WHEN :counts THEN greatest(least(now() + :wait, deadline), now() + interval '1 second')
+            ELSE now() + :wait END
     WHERE tenant_id = :tenant_id AND id = :id AND claim_token = :token AND state = 'pending'
 """)
 
@@ -223,8 +243,8 @@ _AGAIN = text("""
 """)
 
 _WAKE = text("""
-    UPDATE media SET next_attempt_at = now(), next_ring_at = now()
-    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state = 'pending' AND claim_token IS NULL
+    UPDATE media SET next_attempt_at = now(), next_ring_at = now(), claim_token = NULL, crashes = 0
+    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state = 'pending'
 """)
 
 _WAITING = text("""

@@ -221,10 +221,13 @@ class Watchdog(Middleware):
         limit = actor.options.get("time_limit", TIME_LIMIT_MS) if actor else TIME_LIMIT_MS
         self._overdue[message.message_id] = time.monotonic() + limit / 1000 + self._grace
 
-    def after_ack(self, broker: Broker, message: MessageProxy) -> None:
+    def after_process_message(
+        self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        # Not after the ack: while Redis is away that is tried again for ever, and the job is done.
         self._overdue.pop(message.message_id, None)
 
-    after_nack = after_ack
+    after_skip_message = after_process_message
 
     def _watch(self, worker: Worker, parent: int) -> None:
         while not self._stopping.wait(self._period):

@@ -52,14 +52,7 @@ def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], fil
 @cache
 def _guarded() -> httpx.Client:
     """For addresses that tenants and messages name: public ones, and what the operator has allowed beside them."""
-    allowed = settings().require_media_networks()
-    # What the operator allows is inside, where neither https nor its port can be asked for.
-    return guard.client(
-        guarded=True,
-        allowed=allowed,
-        ports=None if allowed else (443,),
-        schemes=("https", "http") if allowed else ("https",),
-    )
+    return guard.client(guarded=True, allowed=settings().require_media_networks(), is_free_inside=True)
 
 
 @cache

@@ -11,13 +11,15 @@ from urllib.parse import quote, urlsplit
 import httpx
 import msgspec
 
-from providers import guard
+from providers import guard, meta_errors
 from providers.download import allowance, download
 from providers.media import MediaFault, Received, Sink, digest_of
+from providers.outbound import Kind
 
 _RESOLVE_SECONDS = 20.0
 _MOST_BYTES = 64 * 1024  # of the answer that tells the URL
 _AGAIN = 2  # downloads after each other: the URL of the first may have run out
+_THROTTLED = 60.0  # seconds, when the provider does not say how long
 _GONE = (100, 33)  # code and subcode of an id that has expired, or is another account's
 
 
@@ -144,17 +146,20 @@ def _matches(host: str, pattern: str) -> bool:
 
 
 def _refusal(response: httpx.Response, body: Any) -> MediaFault:
-    error = body.get("error") if isinstance(body, dict) else None
-    code = error.get("code") if isinstance(error, dict) else None
-    subcode = error.get("error_subcode") if isinstance(error, dict) else None
-    if (code, subcode) == _GONE:
-        return MediaFault("not_found", "the provider knows no such file: expired, or not this account's")
-    if response.status_code in (401, 403) or code in (10, 190) or (isinstance(code, int) and 200 <= code <= 299):
-        return MediaFault("refused", f"the token is refused (HTTP {response.status_code}, code {_short(code)})")
-    if response.status_code == 404:
-        return MediaFault("not_found", "the provider knows no such file")
-    return MediaFault("provider_error", f"the provider answered HTTP {response.status_code}, code {_short(code)}")
-
-
-def _short(code: Any) -> str:
-    return str(code) if isinstance(code, int) and abs(code) < 10**9 else "none"
+    status, error = response.status_code, body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        if status in (401, 403):
+            return MediaFault("refused", f"the token is refused (HTTP {status})")
+        return MediaFault("provider_error", f"the provider answered HTTP {status}")
+    if (error.get("code"), error.get("error_subcode")) == _GONE:
+        return MediaFault("gone", "the provider knows no such file: forgotten, or another account's")
+    fault = meta_errors.fault(error, status, response.headers)
+    code = {
+        Kind.TRANSIENT: "provider_error",
+        Kind.THROTTLE: "throttled",
+        Kind.AUTH: "refused",
+        Kind.PAYMENT: "refused",
+        Kind.PERMANENT: "rejected",
+    }[fault.kind]
+    wait = max(fault.wait, _THROTTLED) if fault.kind is Kind.THROTTLE else fault.wait
+    return MediaFault(code, f"the provider answered HTTP {status}, code {fault.code}", wait=wait)

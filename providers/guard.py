@@ -70,17 +70,19 @@ def client(
     schemes: Collection[str] = ("https",),
     verify: ssl.SSLContext | None = None,
     resolve: Resolver | None = None,
+    is_free_inside: bool = False,
 ) -> httpx.Client:
     """A client for the threads of one process, which raises `BlockedAddress` beside httpx's own errors.
 
     `guarded`: connects to public addresses only, and to `allowed` networks. Without it any address will do: for hosts
-    that an operator has named. `ports` and `schemes` hold for both; no port is refused when `ports` is None.
+    that an operator has named. `ports` and `schemes` hold for both; no port is refused when `ports` is None. With
+    `is_free_inside` they do not hold in `allowed` networks, where plain http and odd ports are usual.
     Redirects are not followed, no proxy of the environment is used, and no cookie is kept.
     """
     context = verify or http.ssl_context()
     backend = _Backend(allowed=allowed if guarded else None, resolve=resolve or addresses_of)
     return httpx.Client(
-        transport=_Transport(backend, context, ports=ports, schemes=schemes),
+        transport=_Transport(backend, context, ports=ports, schemes=schemes, is_free_inside=is_free_inside),
         timeout=httpx.Timeout(_STALL, connect=_CONNECT),
         headers={"Accept-Encoding": "identity", "User-Agent": "pombal"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -120,11 +122,12 @@ class _Transport(httpx.HTTPTransport):
 
     def __init__(
         self,
-        backend: httpcore.NetworkBackend,
+        backend: "_Backend",
         context: ssl.SSLContext,
         *,
         ports: Collection[int] | None,
         schemes: Collection[str],
+        is_free_inside: bool,
     ) -> None:
         super().__init__(verify=context, trust_env=False)
         # httpx has no parameter for this. It is pinned in pyproject.toml, and must not leave us unguarded in silence.
@@ -132,23 +135,28 @@ class _Transport(httpx.HTTPTransport):
             raise RuntimeError("this httpx keeps its connections in another place: nothing would be guarded")
         self._pool = httpcore.ConnectionPool(
             ssl_context=context,
+            max_connections=None,  # httpcore's default of 10 would let slow files keep everybody else waiting
             max_keepalive_connections=_IDLE,
             keepalive_expiry=_KEEP_ALIVE,
             network_backend=backend,
         )
-        self._ports, self._schemes = ports, schemes
+        self._backend, self._ports, self._schemes, self._is_free_inside = backend, ports, schemes, is_free_inside
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
-        if url.scheme not in self._schemes:
+        if url.scheme not in _PORTS:
             raise BlockedAddress("a scheme that is not allowed")
-        port = _PORTS.get(url.scheme) if url.port is None else url.port
-        if self._ports is not None and port not in self._ports:
-            raise BlockedAddress("a port that is not allowed")
         if url.userinfo:
             raise BlockedAddress("a user name in the address")
         if not url.host or url.host.endswith("."):
             raise BlockedAddress("not a host's usual name")
+        # The address that is connected to later is checked again, and may be a public one by then: no harm is done.
+        if not (self._is_free_inside and self._backend.is_inside(url.host)):
+            if url.scheme not in self._schemes:
+                raise BlockedAddress("a scheme that is not allowed")
+            port = _PORTS.get(url.scheme) if url.port is None else url.port
+            if self._ports is not None and port not in self._ports:
+                raise BlockedAddress("a port that is not allowed")
         return super().handle_request(request)
 
 
@@ -181,6 +189,14 @@ class _Backend(httpcore.NetworkBackend):
             except (OSError, OverflowError) as error:
                 failure = httpcore.ConnectError(type(error).__name__)
         raise failure
+
+    def is_inside(self, host: str) -> bool:
+        """Whether all its addresses are in `allowed` networks."""
+        try:
+            addresses = [ip_address(address) for address in self._resolve(host)]
+        except (OSError, ValueError):
+            return False
+        return bool(addresses) and all(any(a in network for network in self._allowed or ()) for a in addresses)
 
     def connect_unix_socket(
         self,

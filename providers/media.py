@@ -38,8 +38,11 @@ FAULTS = frozenset(
         "timeout",
         "cut_short",  # the connection ended before the file did
         "not_found",
-        "expired",  # its deadline has passed, or the provider has forgotten it
+        "gone",  # the provider does not know its id: forgotten, or another account's
+        "expired",  # its deadline has passed
         "refused",  # the token or the account
+        "rejected",  # the provider understands the question, and has no file for an answer
+        "throttled",
         "redirect",
         "foreign_host",  # the provider names a host that may not see its token
         "provider_error",
@@ -48,6 +51,7 @@ FAULTS = frozenset(
         "storage_unavailable",
         "quota_reached",
         "no_token",
+        "misconfigured",  # our own settings; the operator's log says what
         "crashed",  # its download ended several processes
         "stopping",  # its worker was asked to end, and gave it back
         "internal",

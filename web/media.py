@@ -265,6 +265,8 @@ class Stream(Response):
                 raise self._kept.missing() from None
             try:
                 await self._send(reading, receive, send)
+            except Missing:  # a bucket says so with the first piece, before anything was sent
+                raise self._kept.missing() from None
             finally:
                 await in_storage(_readers, reading.close)
 

@@ -10,6 +10,7 @@ from uuid import UUID
 
 FILES = 5  # that failed in a row, before the host is left alone; one bad file is not the host's trouble
 PAUSE = 30.0  # seconds between two probes
+_MOST_HOSTS = 1_000  # whose failures are counted
 
 
 class Circuit:
@@ -42,6 +43,8 @@ class Circuit:
     def failed(self, host: str, file: UUID) -> bool:
         """It did not, when this file was wanted. True when it is left alone from now on."""
         with self._lock:
+            if len(self._failed) > _MOST_HOSTS and host not in self._failed:
+                self._failed.clear()  # of links, which are endless; what is left alone stays so
             failed = self._failed.setdefault(host, set())
             if len(failed) < FILES:
                 failed.add(file)

@@ -296,7 +296,7 @@ class Told:
                 "mime_type": item.file.mime_type,
                 "sha256": item.file.sha256,
                 "filename": item.file.filename,
-                "deadline": item.at + _MEDIA_LIFE,
+                "deadline": _deadline(item.at),
             }
             for (tenant, channel, _), (id_, _, item) in self._messages.items()
             if id_ in new and item.file
@@ -330,6 +330,12 @@ REPORTED_AT = {
     "played": ("read_at",),
     "failed": ("failed_at",),
 }
+
+
+def _deadline(at: datetime) -> datetime:
+    """When the provider forgets a message's file; from now on where its time cannot be true."""
+    now = datetime.now(UTC)
+    return (at if now - _MEDIA_LIFE <= at <= now else now) + _MEDIA_LIFE
 
 
 def _empty_report(tenant: UUID, channel: UUID, provider_id: str, participant: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from models.dead_letter import letter
 from models.media import FATAL_CRASHES
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
-from pombal.errors import Permanent, PombalError
+from pombal.errors import Misconfigured, Permanent, PombalError
 from pombal.middleware import is_redis_trouble, is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
@@ -48,12 +48,19 @@ MOST_BYTES_OF_OTHERS = 100 * MIB
 WAITS = (1, 5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 21_600)
 _SOON = 10.0  # what is due so soon is tried again by Dramatiq; the others wait as rows
 # What will hardly change: so many attempts, instead of trying until the deadline.
-_FEW = {"wrong_hash": 5, "wrong_size": 5, "encoded": 5, "redirect": 5, "internal": 8}
+_FEW = {"wrong_hash": 5, "wrong_size": 5, "encoded": 5, "redirect": 5, "gone": 8, "rejected": 8, "internal": 8}
 # What is not the file's fault is no attempt; tried again after so many seconds.
-_NOT_COUNTED = {"storage_unavailable": 30.0, "quota_reached": 600.0, "paused": 40.0, "stopping": 0.0}
+_NOT_COUNTED = {
+    "storage_unavailable": 30.0,
+    "quota_reached": 600.0,
+    "paused": 40.0,
+    "throttled": 60.0,
+    "misconfigured": 300.0,
+    "stopping": 1.0,
+}
+_STORAGE = "storage"  # in the circuit, where no host is called so
 
 _SLICE = 20.0  # seconds for which a job goes on with other files
-_MOST_RUNG = 500
 _ENOUGH_JOBS = 1_000
 _ABANDONED = timedelta(hours=1)
 
@@ -87,7 +94,11 @@ def download_media_tick() -> None:
         if not Tick.claim(s, "download_media"):
             return
     ring_media()
-    abandoned = storage().sweep(_ABANDONED)
+    try:
+        abandoned = storage().sweep(_ABANDONED)
+    except StorageUnavailable as error:  # whoever wants to store something says so louder
+        _log.warning("media_spools_not_looked_at", why=error.why)
+        return
     if abandoned:
         _log.info("media_spools_removed", count=abandoned)
 
@@ -99,7 +110,7 @@ def ring_media(*, at_once: bool = False) -> int:
         return 0
     with db.session() as s:
         db.see_all(s)
-        due = Media.to_ring(s, _MOST_RUNG, at_once=at_once)
+        due = Media.to_ring(s, at_once=at_once)
     for tenant_id, media_id in due:
         ring(tenant_id, media_id)
     metrics.sweeps.labels(queue="download_media").inc(len(due))
@@ -133,6 +144,9 @@ class Stop(Middleware):
         self._stopping = threading.Event()
         self.is_set = self._stopping.is_set
 
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        self._stopping.clear()
+
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._stopping.set()
 
@@ -165,23 +179,45 @@ class Download:
     def run(self) -> float | None:
         """Fetch, store, write down what became of it. Returns the seconds until it is due again, None when it is over.
 
-        Raises only what is the database's trouble; the claim then runs out by itself.
+        Raises only what is the database's trouble.
         """
         claims.hold(self.row)
         try:
-            if self.row["crashes"] > FATAL_CRASHES:
-                raise MediaFault("crashed", f"its download ended {FATAL_CRASHES} processes", is_final=True)
-            self.bring()
+            verdict = self.brought()
+            return self.settle(verdict) if verdict else None
         except LostClaim:
             _log.warning("claim_lost", media_id=str(self.row["id"]))
             return None
         except Exception as error:
             if is_store_trouble(error):
-                raise
-            return self.settle(self.judged(error))
+                self.give_back()
+            raise
         finally:
             claims.drop(self.row)
+
+    def brought(self) -> Verdict | None:
+        """None when the file is stored, and that is committed."""
+        try:
+            if self.row["crashes"] > FATAL_CRASHES:
+                raise MediaFault("crashed", f"its download ended {FATAL_CRASHES} processes", is_final=True)
+            self.bring()
+        except LostClaim:
+            raise
+        except Exception as error:
+            if is_store_trouble(error):
+                raise
+            return self.judged(error)
         return None
+
+    def give_back(self) -> None:
+        """The database is in trouble: end the claim now if that is possible, so that it counts for nothing."""
+        try:
+            with db.session([self.tenant]) as s:
+                Media.put_back(s, self.row, 1.0, code=None, error=None, counts=False)
+        except Exception as error:
+            if not is_store_trouble(error):
+                raise
+            _log.warning("claim_runs_out", media_id=str(self.row["id"]), error=log.described(error))
 
     def bring(self) -> None:
         row = self.row
@@ -190,6 +226,8 @@ class Download:
             with db.session([self.tenant]) as s:
                 if File.total(s, self.tenant) >= quota:
                     raise MediaFault("quota_reached", "the tenant has as many bytes as it may")
+        if not circuit.allows(_STORAGE):
+            raise MediaFault("paused", "the storage could not be used several times in a row")
         secrets = unseal(row["channel_id"], row["sealed"]) if row["sealed"] else {}
         source = providers.source(row["channel_kind"], row["config"], secrets, dict(row))
         with storage().spool() as spool:
@@ -199,7 +237,7 @@ class Download:
 
     def fetch(self, source: Source, spool: Spool) -> Received:
         if not circuit.allows(source.host):
-            raise MediaFault("paused", "the provider did not answer several times in a row")
+            raise MediaFault("paused", "its host did not answer several times in a row")
         try:
             received = source.fetch(Sink(self, spool), MOST_BYTES.get(self.row["kind"], MOST_BYTES_OF_OTHERS))
         except MediaFault as fault:
@@ -220,6 +258,7 @@ class Download:
         is_new = known is None or storage().size(key) != received.size
         if is_new:
             storage().keep(spool, key)
+        circuit.answered(_STORAGE)
         file = {"tenant_id": self.tenant, "digest": received.digest, "key": key, "bytes": received.size}
         return {**file, "mime_type": known.mime_type if known else mime_type}, is_new
 
@@ -244,20 +283,26 @@ class Download:
         match error:
             case MediaFault():
                 code, text, wait = error.code, error.text, error.wait
-            case StorageUnavailable() | OSError():  # the disk is full, say: the file is not to blame
+            case StorageUnavailable():
                 code, text, wait = "storage_unavailable", "the file could not be stored", 0.0
+                circuit.failed(_STORAGE, self.row["id"])
+                _log.error("media_storage_unavailable", why=error.why)
             case Stopping():
                 code, text, wait = "stopping", "its worker stopped", 0.0
+            case Misconfigured():
+                code, text, wait = "misconfigured", "a setting of this installation is wrong", 0.0
+                _log.error("media_misconfigured", error=str(error))
             case _:
-                code, text, wait = "internal", log.described(error), 0.0
+                code, text, wait = "internal", "an error of our own", 0.0
+                _log.error("media_failed_inside", **self.names(), traceback=log.redacted(error))
         if code in _NOT_COUNTED:
-            return Verdict(code, text, wait=_jittered(_NOT_COUNTED[code]), counts=False)
+            return Verdict(code, text, wait=max(wait, _jittered(_NOT_COUNTED[code])), counts=False)
         attempts = self.row["attempts"]
         if self.row["is_overdue"]:
             return Verdict("expired", f"its time ran out; the last try: {code}, {text}")
         if (isinstance(error, MediaFault) and error.is_final) or attempts >= _FEW.get(code, attempts + 1):
             return Verdict(code, text)
-        return Verdict(code, text, wait=max(wait, _jittered(WAITS[min(attempts, len(WAITS)) - 1])))
+        return Verdict(code, text, wait=max(1.0, wait, _jittered(WAITS[min(attempts, len(WAITS)) - 1])))
 
     def settle(self, verdict: Verdict) -> float | None:
         row, provider = self.row, self.row["channel_kind"]
@@ -276,10 +321,13 @@ class Download:
         outcome = "failed" if verdict.wait is None else "retried" if verdict.counts else "put_back"
         metrics.media_files.labels(provider=provider, outcome=outcome).inc()
         metrics.media_faults.labels(provider, verdict.code).inc()
-        is_bad = verdict.wait is None or verdict.code in ("internal", "storage_unavailable")
-        what = "media_failed" if verdict.wait is None else "media_retried"
-        write = _log.error if is_bad else _log.warning
-        write(what, **self.names(), code=verdict.code, attempts=row["attempts"], wait=verdict.wait)
+        said = {**self.names(), "code": verdict.code, "attempts": row["attempts"], "wait": verdict.wait}
+        if verdict.wait is None:
+            _log.error("media_failed", **said)
+        elif verdict.counts:
+            _log.warning("media_retried", **said)
+        else:
+            _log.debug("media_put_back", **said)  # there may be thousands; its cause has a line of its own
         return verdict.wait
 
     def letter(self, verdict: Verdict) -> dict[str, Any]:

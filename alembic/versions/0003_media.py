@@ -45,7 +45,7 @@ def upgrade() -> None:
     op.execute("UPDATE media SET id = message_id")
     op.execute("ALTER TABLE media FORCE ROW LEVEL SECURITY")
     op.drop_constraint("pk_media", "media", type_="primary")
-    op.alter_column("media", "id", nullable=False)
+    op.alter_column("media", "id", nullable=False, server_default=sa.text("gen_random_uuid()"))
     op.create_primary_key("pk_media", "media", ["tenant_id", "id"])
     for name in ("message_id", "channel_id", "provider_media_id"):
         op.alter_column("media", name, nullable=True)
@@ -98,7 +98,9 @@ def downgrade() -> None:
     op.drop_constraint("uq_media_tenant_id_message_id", "media", type_="unique")
     op.drop_constraint("pk_media", "media", type_="primary")
     op.execute("ALTER TABLE media NO FORCE ROW LEVEL SECURITY")
-    op.execute("DELETE FROM media WHERE message_id IS NULL")  # uploads, which the tables of before cannot hold
+    # What the tables of before cannot hold: uploads, files behind links; and of the others that they are over.
+    op.execute("DELETE FROM media WHERE message_id IS NULL OR channel_id IS NULL OR provider_media_id IS NULL")
+    op.execute("UPDATE media SET state = 'pending', next_attempt_at = now()")
     op.execute("ALTER TABLE media FORCE ROW LEVEL SECURITY")
     for name in ("message_id", "channel_id", "provider_media_id"):
         op.alter_column("media", name, nullable=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import redis
 from sqlalchemy import func, select, text
@@ -58,12 +59,13 @@ def _graph() -> Iterator[Finding]:
 
 
 def _storage() -> Iterator[Finding]:
-    """Whether a file can be kept: one is written, and given up."""
-    from providers.storage import StorageUnavailable, storage
+    """Whether files can be kept: one is written and given up, and the place is asked for one."""
+    from providers.storage import StorageUnavailable, key_of, storage
 
     try:
         with storage().spool() as spool:
             spool.write(b"doctor")
+        storage().size(key_of(UUID(int=0), bytes(32), ".bin"))  # of a file that nobody has: a bucket must be asked
     except (Misconfigured, StorageUnavailable) as error:
         yield Finding("error", f"{error} (MEDIA_URL)")
         return

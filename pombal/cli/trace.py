@@ -26,7 +26,7 @@ from pombal import db
 from pombal.cli import as_json, say
 from pombal.errors import PombalError
 
-_HIDDEN = {"raw", "claim_token", "traceback", "request_digest", "digest", "next_ring_at"}
+_HIDDEN = {"raw", "claim_token", "traceback", "request_digest", "digest", "next_ring_at", "link"}
 _SAME_CONTENT = and_(File.tenant_id == Media.tenant_id, File.digest == Media.digest)
 _WAITING = (MessageStatus.QUEUED, MessageStatus.SENDING, MessageStatus.UNKNOWN)
 

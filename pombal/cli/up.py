@@ -282,7 +282,7 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
         # Apart, as in the Procfile: a slow download must not keep a thread from webhooks.
         "worker": ["worker", *(queue for queue in queues() if queue != "download_media")],
-        "media": ["worker", "download_media", "--threads", "16"],
+        "media": ["worker", "download_media", "--threads", "24"],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}

@@ -618,3 +618,42 @@ def test_a_deadline_is_its_threads_own() -> None:
         guard.within(0),
     ):
         assert other.submit(client.get, server.url).result(10).content == FILE
+
+
+def test_plain_http_and_odd_ports_are_for_allowed_networks_alone() -> None:
+    def resolve(host: str) -> list[str]:
+        return {"inside.example": ["127.0.0.1"], "both.example": ["127.0.0.1", "93.184.216.34"]}.get(
+            host, ["93.184.216.34"]
+        )
+
+    with guard.client(guarded=True, allowed=[LOOPBACK], resolve=resolve, is_free_inside=True) as client:
+        for url in ("http://public.example/", "https://public.example:25/", "http://both.example:8080/"):
+            with pytest.raises(guard.BlockedAddress):
+                client.get(url)
+        with a_server(an_answer()) as server, guard.within(30):
+            port = httpx.URL(server.url).port
+            assert client.get(f"http://inside.example:{port}/").status_code == 200
+
+
+def test_connections_that_wait_keep_no_other_from_being_made() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, a_client(allowed=[LOOPBACK]) as client:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+
+        def waits(_: int) -> bool:
+            with guard.within(10):
+                try:
+                    client.get(url)
+                except httpx.TransportError:
+                    return True
+            return False
+
+        with ThreadPoolExecutor(24) as pool:
+            waiting = [pool.submit(waits, n) for n in range(24)]
+            accepted = [silent.accept()[0] for _ in waiting]
+            try:
+                with a_server(an_answer()) as server, guard.within(5):
+                    assert client.get(server.url).status_code == 200
+            finally:
+                for connection in accepted:
+                    connection.close()
+            assert all(one.result() for one in waiting)

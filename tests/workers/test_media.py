@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -11,6 +12,7 @@ from uuid import UUID
 import pytest
 from dramatiq.errors import Retry
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 import providers
 from models import Media, MediaState
@@ -24,7 +26,7 @@ from tests.factories import a_wamid, body_of, rows, superuser
 from tests.workers.sending import TOKEN, Meta, a_number_at_meta
 from tests.workers.tools import another_number, deliveries, run
 from workers import download_media
-from workers.download_media import ring_media
+from workers.download_media import circuit, ring_media
 
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + bytes(range(256)) * 20 + b"\xff\xd9"
 DRIVE = "C:"
@@ -245,7 +247,8 @@ def test_a_tenant_has_only_so_many_downloads_at_once(meta: Meta) -> None:
         ({"kind": "resolve_reset"}, "unreachable"),
         ({"kind": "resolve_huge"}, "provider_error"),
         ({"kind": "resolve_empty"}, "provider_error"),
-        ({"kind": "resolve_gone"}, "not_found"),
+        ({"kind": "resolve_gone"}, "gone"),
+        ({"kind": "resolve_code", "code": 100}, "rejected"),
         ({"kind": "resolve_wrong_hash"}, "wrong_hash"),
         ({"kind": "resolve_wrong_size"}, "wrong_size"),
         ({"kind": "resolve_elsewhere"}, "foreign_host"),
@@ -478,6 +481,135 @@ def test_a_tenant_over_its_quota_waits(meta: Meta, monkeypatch: pytest.MonkeyPat
     settings.cache_clear()
     fetch(meta, second)
     assert file(meta, second)["state"] == MediaState.STORED
+
+
+def test_a_storage_that_stays_away_is_asked_twice_a_minute(meta: Meta, tmp_path: Path) -> None:
+    ids = files(meta, [client.add_media_file(meta.url, "image/jpeg", JPEG)["object"]] * 8)
+    (tmp_path / "media").write_text("a file where the folder should be")
+    try:
+        for id_ in ids:
+            fetch(meta, id_)
+        codes = {row["error_code"] for row in rows(meta.shop, "SELECT error_code FROM media")}
+    finally:
+        circuit.answered("storage")
+
+    assert "paused" in codes
+    assert all(row["attempts"] == 0 for row in rows(meta.shop, "SELECT attempts FROM media"))
+
+
+@pytest.mark.parametrize("quota", ["1", "0"])
+def test_what_nobody_counts_outlives_the_deadline(meta: Meta, monkeypatch: pytest.MonkeyPatch, quota: str) -> None:
+    first, id_ = a_file(meta), a_file(meta, PDF, "application/pdf", "document")
+    with superuser() as connection:
+        connection.execute("UPDATE media SET next_attempt_at = now() + interval '1 day' WHERE id = %s", [id_])
+    download_media(str(meta.shop.tenant.id), str(first))
+    with superuser() as connection:
+        connection.execute("UPDATE media SET deadline = now() WHERE id = %s", [id_])
+    monkeypatch.setenv("MEDIA_QUOTA", "1")
+    settings.cache_clear()
+    fetch(meta, id_)
+    assert (file(meta, id_)["state"], file(meta, id_)["error_code"]) == (MediaState.PENDING, "quota_reached")
+    assert float(file(meta, id_)["wait"]) > 100
+
+    monkeypatch.setenv("MEDIA_QUOTA", "0")
+    settings.cache_clear()
+    fetch(meta, id_)
+    assert file(meta, id_)["state"] == MediaState.STORED
+
+
+def test_trouble_of_the_database_is_no_crash_of_the_file(meta: Meta) -> None:
+    id_ = a_file(meta)
+    with superuser() as connection:
+        connection.execute("""
+            CREATE FUNCTION in_trouble() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'lock_not_available'; END $$
+        """)
+        connection.execute("CREATE TRIGGER in_trouble BEFORE INSERT ON file EXECUTE FUNCTION in_trouble()")
+    try:
+        for _ in range(7):
+            due_now(meta)
+            with pytest.raises(OperationalError):
+                download_media(str(meta.shop.tenant.id), str(id_))
+    finally:
+        with superuser() as connection:
+            connection.execute("DROP TRIGGER in_trouble ON file")
+            connection.execute("DROP FUNCTION in_trouble")
+
+    assert (file(meta, id_)["attempts"], file(meta, id_)["crashes"]) == (0, 0)
+    fetch(meta, id_)
+    assert file(meta, id_)["state"] == MediaState.STORED
+
+
+def test_secrets_that_no_key_opens_are_the_operators_to_mend(meta: Meta) -> None:
+    id_ = a_file(meta)
+    with superuser() as connection:
+        row = connection.execute("SELECT sealed FROM channel WHERE id = %s", [meta.shop.channel.id]).fetchone()
+        assert row is not None
+        connection.execute("UPDATE channel SET sealed = 'nonsense' WHERE id = %s", [meta.shop.channel.id])
+
+    fetch(meta, id_, times=10)
+
+    found = file(meta, id_)
+    assert (found["state"], found["error_code"], found["attempts"]) == (MediaState.PENDING, "misconfigured", 0)
+    assert "SECRET" not in found["error"]
+    with superuser() as connection:
+        connection.execute("UPDATE channel SET sealed = %s WHERE id = %s", [row[0], meta.shop.channel.id])
+    fetch(meta, id_)
+    assert file(meta, id_)["state"] == MediaState.STORED
+
+
+def test_claims_at_once_keep_to_the_limit(meta: Meta) -> None:
+    told = client.add_media_file(meta.url, "image/jpeg", JPEG)["object"]
+    files(meta, [told] * 24)
+    tenant = meta.shop.tenant.id
+
+    def claimed(n: int) -> bool:
+        with db.session([tenant]) as s:
+            return Media.claim(s, tenant, UUID(int=n)) is not None
+
+    with ThreadPoolExecutor(12) as pool:
+        assert sum(pool.map(claimed, range(24))) == AT_ONCE
+
+
+def test_a_flood_of_one_tenant_keeps_no_bell_from_another(meta: Meta) -> None:
+    told = client.add_media_file(meta.url, "image/jpeg", JPEG)["object"]
+    files(meta, [told] * 30)
+    with pytest.MonkeyPatch.context() as patch, a_number_at_meta(patch) as other:
+        files(other, [client.add_media_file(other.url, "image/jpeg", JPEG)["object"]], at=time.time() - 6 * 86_400)
+        with superuser() as connection:
+            connection.execute("UPDATE media SET next_ring_at = now() - interval '1 second'")
+
+        with db.session() as s:
+            db.see_all(s)
+            rung = [tenant for tenant, _ in Media.to_ring(s)]
+
+    assert rung.count(other.shop.tenant.id) == 1
+    assert rung.count(meta.shop.tenant.id) == AT_ONCE
+
+
+def test_a_new_token_takes_files_from_those_who_ask_with_the_old_one(meta: Meta) -> None:
+    id_ = a_file(meta)
+    tenant = meta.shop.tenant.id
+    with db.session([tenant]) as s:
+        slow = Media.claim(s, tenant, UUID(int=1), id_)
+        assert slow is not None
+
+    with db.session([tenant]) as s:
+        assert Media.wake(s, tenant, meta.shop.channel.id) == 1
+    with db.session([tenant]) as s:
+        assert not Media.put_back(s, slow, 20_000, code="refused", error="")
+    fetch(meta, id_)
+
+    assert file(meta, id_)["state"] == MediaState.STORED
+
+
+@pytest.mark.parametrize("at", [0, 253_370_000_000])
+def test_a_time_that_cannot_be_true_leaves_a_week(meta: Meta, at: float) -> None:
+    told = client.add_media_file(meta.url, "image/jpeg", JPEG)["object"]
+    (id_,) = files(meta, [told], at=at)
+
+    days = (file(meta, id_)["deadline"] - datetime.now(UTC)).total_seconds() / 86_400
+    assert 6.9 < days <= 7
 
 
 def test_a_claim_that_ran_out_is_taken_over_and_its_first_holder_writes_nothing(meta: Meta) -> None:
