@@ -11,27 +11,25 @@ from web.refusals import wrong
 
 KiB, MiB = 1024, 1024 * 1024
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-KINDS = {
-    "audio/aac": "audio",
-    "audio/amr": "audio",
-    "audio/mpeg": "audio",
-    "audio/mp4": "audio",
-    "audio/ogg": "audio",
-    "text/plain": "document",
-    "application/pdf": "document",
-    "application/msword": "document",
-    f"{_OFFICE}wordprocessingml.document": "document",
-    "application/vnd.ms-excel": "document",
-    f"{_OFFICE}spreadsheetml.sheet": "document",
-    "application/vnd.ms-powerpoint": "document",
-    f"{_OFFICE}presentationml.presentation": "document",
-    "image/jpeg": "image",
-    "image/png": "image",
-    "image/webp": "sticker",
-    "video/mp4": "video",
-    "video/3gpp": "video",
+TYPES: dict[str, tuple[str, ...]] = {
+    "audio": ("audio/aac", "audio/amr", "audio/mpeg", "audio/mp4", "audio/ogg"),
+    "document": (
+        "text/plain",
+        "application/pdf",
+        "application/msword",
+        f"{_OFFICE}wordprocessingml.document",
+        "application/vnd.ms-excel",
+        f"{_OFFICE}spreadsheetml.sheet",
+        "application/vnd.ms-powerpoint",
+        f"{_OFFICE}presentationml.presentation",
+    ),
+    "image": ("image/jpeg", "image/png"),
+    "sticker": ("image/webp",),
+    "video": ("video/mp4", "video/3gpp"),
 }
+KINDS = {mime_type: kind for kind, its_types in TYPES.items() for mime_type in its_types}
 MOST_BYTES = 100 * MiB
+# A sticker that moves; whether it does, only its bytes say.
 MOST_BYTES_OF = {"audio": 16 * MiB, "document": MOST_BYTES, "image": 5 * MiB, "sticker": 500 * KiB, "video": 16 * MiB}
 _MOST_BYTES_STILL = 100 * KiB  # of a sticker that does not move
 _STICKER = (512, 512)  # pixels

@@ -16,6 +16,7 @@ import msgspec
 import phonenumbers
 from msgspec import Meta, Struct
 
+from web import accepted
 from web.errors import Failure
 from web.refusals import converted, name_of, not_one_of, wrong
 
@@ -530,32 +531,6 @@ _OTHERS: dict[str, Any] = {
 }
 TYPES = ("text", "template", *_FILES, "location", "contacts", "reaction", "interactive", "read")
 
-KiB, MiB = 1024, 1024 * 1024
-_OFFICE = "application/vnd.openxmlformats-officedocument."
-_MIME_TYPES: dict[str, tuple[str, ...]] = {  # §12, and the most bytes below
-    "audio": ("audio/aac", "audio/amr", "audio/mpeg", "audio/mp4", "audio/ogg"),
-    "document": (
-        "text/plain",
-        "application/pdf",
-        "application/msword",
-        f"{_OFFICE}wordprocessingml.document",
-        "application/vnd.ms-excel",
-        f"{_OFFICE}spreadsheetml.sheet",
-        "application/vnd.ms-powerpoint",
-        f"{_OFFICE}presentationml.presentation",
-    ),
-    "image": ("image/jpeg", "image/png"),
-    "sticker": ("image/webp",),
-    "video": ("video/mp4", "video/3gpp"),
-}
-_MOST_BYTES_OF_FILE = {
-    "audio": 16 * MiB,
-    "document": 100 * MiB,
-    "image": 5 * MiB,
-    "sticker": 500 * KiB,  # an animated one; whether it is, only the file says
-    "video": 16 * MiB,
-}
-
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -758,10 +733,10 @@ def _without_claim(type_: str, given: Any, at: str) -> Any:
     claimed = {name: given[name] for name in Claim.__struct_fields__ if name in given}
     claim = converted(claimed, Claim, at)
     if claim.mime_type is not None:
-        mime_type, allowed = claim.mime_type.split(";")[0].strip().lower(), _MIME_TYPES[type_]
+        mime_type, allowed = claim.mime_type.split(";")[0].strip().lower(), accepted.TYPES[type_]
         if mime_type not in allowed:
             raise not_one_of(f"{at}.mime_type", list(allowed))
-    most = _MOST_BYTES_OF_FILE[type_]
+    most = accepted.MOST_BYTES_OF[type_]
     if claim.bytes is not None and claim.bytes > most:
         raise wrong(f"{at}.bytes", f"must be at most {most}", most)
     return {name: value for name, value in given.items() if name not in claimed}
@@ -806,7 +781,7 @@ def _own_files(value: Any, at: str, kind: str) -> Iterator[OwnFile]:
 
 def unfit(file: OwnFile, mime_type: str, size: int) -> Failure | None:
     """Why a stored file of that type, which its bytes tell, and that size cannot be sent as what it is to be sent."""
-    allowed, most = _MIME_TYPES[file.kind], _MOST_BYTES_OF_FILE[file.kind]
+    allowed, most = accepted.TYPES[file.kind], accepted.MOST_BYTES_OF[file.kind]
     if mime_type not in allowed:
         return wrong(file.field, f"names a file that is none of {', '.join(allowed)}", list(allowed))
     if size > most:

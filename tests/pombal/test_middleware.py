@@ -197,6 +197,38 @@ def test_a_job_that_no_time_limit_can_end_ends_the_process() -> None:
     assert "ended" in printed
 
 
+SLOW_ACK = """
+import threading
+import dramatiq
+from dramatiq import Middleware, Worker
+from dramatiq.brokers.stub import StubBroker
+from pombal.middleware import Watchdog
+
+acked = threading.Event()
+
+class Redis(Middleware):
+    def before_ack(self, broker, message):
+        threading.Event().wait(2)  # as while it is away
+    def after_ack(self, broker, message):
+        acked.set()
+
+broker = StubBroker(middleware=[Watchdog(period=0.05, grace=0.5), Redis()])
+
+@dramatiq.actor(broker=broker, time_limit=200)
+def ends():
+    pass
+
+Worker(broker, worker_threads=1).start()
+ends.send()
+assert acked.wait(30)
+print("acknowledged", flush=True)
+"""
+
+
+def test_a_job_that_is_done_and_only_waits_for_its_ack_does_not_count_as_hung() -> None:
+    assert "acknowledged" in output("-c", SLOW_ACK)
+
+
 def test_a_job_whose_end_is_cut_short_is_not_lost(servers: Servers, tmp_path: Path) -> None:
     servers.clear("doomed")
     with (

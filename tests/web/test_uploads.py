@@ -20,7 +20,7 @@ from tests.web import files
 from tests.web.files import URL, Customer, KiB, MiB, a_customer, jpeg, lying_in, pdf, png, root_of, webp
 from tests.web.process import Web, Wire, request, running
 from tests.web.served import served
-from web import accepted, app, shapes
+from web import app
 
 CLOSED = ("Connection", "close")
 
@@ -247,14 +247,6 @@ def test_an_encoded_body_is_refused(customer: Customer, encoding: str) -> None:
     answer = customer.asks("POST", URL, content=pdf(), headers={"Content-Encoding": encoding})
 
     assert answer.status_code == 415
-
-
-def test_the_limits_are_those_of_sending() -> None:
-    """One that is stored may be sent, and what is said of a link holds for an upload."""
-    assert {name: {t for t, kind in accepted.KINDS.items() if kind == name} for name in shapes._MIME_TYPES} == {
-        name: set(types) for name, types in shapes._MIME_TYPES.items()
-    }
-    assert accepted.MOST_BYTES_OF == shapes._MOST_BYTES_OF_FILE
 
 
 # ----------------------------------------------------------------------------------------------------------------- who
