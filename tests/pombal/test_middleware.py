@@ -202,6 +202,7 @@ import threading
 import dramatiq
 from dramatiq import Middleware, Worker
 from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import TimeLimit
 from pombal.middleware import Watchdog
 
 acked = threading.Event()
@@ -212,7 +213,7 @@ class Redis(Middleware):
     def after_ack(self, broker, message):
         acked.set()
 
-broker = StubBroker(middleware=[Watchdog(period=0.05, grace=0.5), Redis()])
+broker = StubBroker(middleware=[Watchdog(period=0.05, grace=0.5), TimeLimit(time_limit=200), Redis()])
 
 @dramatiq.actor(broker=broker, time_limit=200)
 def ends():
