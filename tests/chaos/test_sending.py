@@ -41,8 +41,8 @@ def test_a_campaign_is_sent_once_while_its_workers_are_killed(fleet: Fleet) -> N
     client.faults(campaign.sandbox, kind="latency", ms=100)
     killed = 0
 
-    with campaign.asking(1_000, recipients=10):
-        while killed < 5:
+    with campaign.asking(600, recipients=10):
+        while killed < 3:
             wanted = calls(campaign) + 100
             until(lambda wanted=wanted: calls(campaign) >= wanted, "more was sent", 120)  # type: ignore[misc] # bound now
             fleet.kill("worker")

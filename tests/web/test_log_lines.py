@@ -18,7 +18,13 @@ MARK = "mArk" + uuid.uuid4().hex
 
 
 @pytest.fixture(scope="module")
-def secrets_after_all_that(web: Web) -> dict[str, str]:
+def lines_of_others(web: Web) -> int:
+    """How many lines other tests have caused, some of them with a broken storage."""
+    return len(web.lines())
+
+
+@pytest.fixture(scope="module")
+def secrets_after_all_that(web: Web, lines_of_others: int) -> dict[str, str]:
     """Do everything a log could quote; returns what must not be in it."""
     shop = a_shop(old_app_secret=f"old-{MARK}", access_token=f"EAAG-{MARK}")
     _, key = admin.add_key(shop.tenant.id, "a key", ("channels:manage",))
@@ -80,8 +86,10 @@ def test_each_line_is_one_json_object_of_bounded_size(web: Web, secrets_after_al
         assert not any(byte < 0x20 for byte in line)
 
 
-def test_hostile_hands_cause_no_error_lines(web: Web, secrets_after_all_that: dict[str, str]) -> None:
-    assert [line for line in web.lines() if line["level"] in ("error", "critical")] == []
+def test_hostile_hands_cause_no_error_lines(
+    web: Web, lines_of_others: int, secrets_after_all_that: dict[str, str]
+) -> None:
+    assert [line for line in web.lines()[lines_of_others:] if line["level"] in ("error", "critical")] == []
 
 
 @pytest.mark.parametrize(
