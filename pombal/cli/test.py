@@ -8,8 +8,8 @@ from argparse import Namespace
 from pombal.cli import say
 from pombal.cli.fleet import ROOT
 
-# File by file, since a file's tests may share what they start; and in the order of the folders, in which the longest come
-# first: by itself it would take those with the fewest tests last, one after another.
+# File by file, since a file's tests may share what they start; and in the order of the folders, in which the longest
+# come first: by itself it would take those with the fewest tests last, one after another.
 _PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 _FLOORS = {"": 85, "models/*": 90, "web/*": 80}  # per cent, as the contract has them
 

@@ -454,8 +454,8 @@ def test_whatever_interrupts_the_first_start_the_next_one_works(tmp_path: Path) 
             young.begin()
             until(lambda step=step: f"{step} …" in young.output, f"{step} has begun")  # type: ignore[misc]
             young.process.send_signal(number)
-            # Both are an interrupt to us. If it falls into an `exec` of a library, Python ends itself by SIGINT: 130 too,
-            # as a shell reads it.
+            # Both are an interrupt to us. If it falls into an `exec` of a library, Python ends itself by SIGINT: 130
+            # too, as a shell reads it.
             assert young.process.wait(STOPPED) in (code, -signal.SIGINT)
             assert "Traceback" not in young.output
             until(lambda: young.pids() == [], "no orphans are left")
