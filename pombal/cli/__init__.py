@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--port", type=int, default=8000, help="of the web tier (8000)")
     up.add_argument("--data", default=None, help="folder for the servers' data and the addresses (.pombal)")
     up.add_argument("--reset", action="store_true", help="delete that data first")
+    up.add_argument(
+        "--sandbox-port", type=int, default=None, help="of the simulated providers (9010, or a free one if it is taken)"
+    )
     up.add_argument("--no-sandbox", action="store_true", help="without the simulated providers")
     up.add_argument("--procs", default=None, help="only these, comma-separated (web,worker,clock,sandbox)")
     up.add_argument("--pg-port", type=int, default=None, help="also listen on this loopback port, with a password")

@@ -62,7 +62,9 @@ def up(given: Namespace) -> int:
     if given.no_sandbox:
         wanted = tuple(name for name in wanted if name != "sandbox")
     data = Path(given.data or default_data()).resolve()
-    _require_free_port(given.port)
+    _require_free_port(given.port, "--port")
+    if given.sandbox_port:
+        _require_free_port(given.sandbox_port, "--sandbox-port")
     ending = _Ending().installed()
     with ExitStack() as running:
         data.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def up(given: Namespace) -> int:
         servers = _start_servers(running, given, data)
         with _step("migrations"):
             upgrade()
-        sandbox_port = _free_port(_SANDBOX_PORT)
+        sandbox_port = given.sandbox_port or _free_port(_SANDBOX_PORT)
         if not given.no_sandbox:
             _send_to_sandbox(data, f"http://127.0.0.1:{sandbox_port}")
         with _step("demo tenant"):
@@ -397,9 +399,9 @@ def _step(what: str) -> Iterator[None]:
     say(f" {time.monotonic() - began:.1f} s")
 
 
-def _require_free_port(port: int) -> None:
+def _require_free_port(port: int, option: str) -> None:
     if not _is_free(port):
-        raise Misconfigured(f"port {port} is taken: choose another with --port")
+        raise Misconfigured(f"port {port} is taken: choose another with {option}")
 
 
 def _free_port(wanted: int) -> int:

@@ -66,7 +66,8 @@ class Fleet:
 
     def __init__(self, data: Path, *options: str, **environment: str) -> None:
         self.data = data.resolve()
-        self.port = free_port()
+        # Of its own, also for the sandbox: of two fleets that begin at once both would find the usual one free.
+        self.port, self._sandbox_port = free_port(), free_port()
         self.options = options
         self._environment = environment
         self._output = self.data.with_name(f"{self.data.name}.out")  # not inside: `--reset` deletes that
@@ -109,7 +110,8 @@ class Fleet:
 
     def begin(self, *options: str) -> None:
         """Start without waiting for anything."""
-        arguments = ["up", "--data", str(self.data), "--port", str(self.port), *self.options, *options]
+        ports = ["--port", str(self.port), "--sandbox-port", str(self._sandbox_port)]
+        arguments = ["up", "--data", str(self.data), *ports, *self.options, *options]
         with self._output.open("wb") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pombal", *arguments],
