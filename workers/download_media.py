@@ -144,11 +144,11 @@ class Stop(Middleware):
         self._stopping = threading.Event()
         self.is_set = self._stopping.is_set
 
-    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        self._stopping.clear()
-
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._stopping.set()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self._stopping.clear()  # whoever calls a job without a worker stops nothing
 
 
 class Stopping(PombalError):
