@@ -14,19 +14,13 @@ import pytest
 from sandbox import client
 from sandbox.config import Channel
 from sandbox.meta import JSON
-from tests.sandbox.servers import Receiver, a_meta, receiver
+from tests.sandbox.servers import Receiver, a_meta
 from tests.sandbox.test_graph import CUSTOMER, a_text, accepted, refused, statuses, statuses_are_out
 
 SHOP = Channel("shop", "880011223344556", "700100200300400")
 OTHER = Channel("other", "880011223344557", "700100200300401")
 BEARER = {"Authorization": "Bearer t"}
 NOBODY = "+5511900000000"
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Receiver]:
-    with receiver() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from sandbox import client, meta
 from sandbox.config import Channel, Template
 from sandbox.meta import JSON
-from tests.sandbox.servers import SECRET, Receiver, a_meta, receiver
+from tests.sandbox.servers import SECRET, Receiver, a_meta
 
 TEMPLATES = (
     Template("pedido_enviado", "pt_BR"),
@@ -25,12 +25,6 @@ OTHER = Channel("other", "880011223344557", "700100200300401")
 CUSTOMER = "+5511944440001"
 BSUID = "BR.90000000000000001"
 AT_ONCE = {"delay": [0, 0]}
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Receiver]:
-    with receiver() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from sandbox import client, files, meta
 from sandbox.config import Channel
 from sandbox.meta import JSON
-from tests.sandbox.servers import Receiver, a_meta, receiver
+from tests.sandbox.servers import Receiver, a_meta
 from tests.sandbox.test_app import ended, only_value
 from tests.sandbox.test_graph import CUSTOMER, accepted, refused
 
@@ -25,12 +25,6 @@ BEARER = {"Authorization": "Bearer token-1"}
 OTHERS_BEARER = {"Authorization": "Bearer token-2"}
 MB = 2**20
 GONE = (400, 100, 33)
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Receiver]:
-    with receiver() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
