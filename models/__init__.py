@@ -4,7 +4,7 @@ from models.api_key import ApiKey
 from models.app import App
 from models.attempt import Attempt, Outcome
 from models.base import Base, Tenanted
-from models.channel import Channel, ChannelKind, Route, RouteKind
+from models.channel import Channel, ChannelKind, ChannelStatus, Route, RouteKind
 from models.clockwork import Lease, Tick
 from models.contact import Contact, ContactIdentity
 from models.conversation import Conversation
@@ -15,8 +15,11 @@ from models.file import File, MediaUpload
 from models.lane import Hold, Lane
 from models.media import Media, MediaState
 from models.message import Message, MessageStatus, StatusReport
+from models.session import SessionState, SessionWish, WaSession
+from models.sync_report import ReportState, SyncReport
 from models.template import Template
 from models.tenant import Tenant
+from models.webhook_token import WebhookToken
 
 __all__ = [
     "ApiKey",
@@ -25,6 +28,7 @@ __all__ = [
     "Base",
     "Channel",
     "ChannelKind",
+    "ChannelStatus",
     "Contact",
     "ContactIdentity",
     "Conversation",
@@ -42,12 +46,18 @@ __all__ = [
     "Message",
     "MessageStatus",
     "Outcome",
+    "ReportState",
     "Route",
     "RouteKind",
     "Seen",
+    "SessionState",
+    "SessionWish",
     "StatusReport",
+    "SyncReport",
     "Template",
     "Tenant",
     "Tenanted",
     "Tick",
+    "WaSession",
+    "WebhookToken",
 ]

@@ -1,6 +1,7 @@
 """One number on one provider, and the routes by which a webhook finds it."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
@@ -14,6 +15,16 @@ from pombal.secrets import seal, unseal
 
 class ChannelKind(StrEnum):
     META = "meta"
+    MEGAAPI = "megaapi"
+    STUB = "stub"  # for development: takes everything, and reaches nobody
+
+
+class ChannelStatus(StrEnum):
+    """What was last proven of a channel's session; `unknown` until something was."""
+
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    UNKNOWN = "unknown"
 
 
 class Channel(Tenanted, Dated, Base):
@@ -29,6 +40,16 @@ class Channel(Tenanted, Dated, Base):
     name: Mapped[str]
     config: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))  # external ids, nothing secret
     sealed: Mapped[bytes | None]
+    # From here on: how its session stands (`models/standing.py`), of kinds that have one; None for Meta.
+    status: Mapped[str | None]
+    status_raw: Mapped[str | None]  # the provider's own word, or what stood in its place
+    status_at: Mapped[datetime | None]  # when the provider was asked for what we believe now
+    status_since: Mapped[datetime | None]  # when it became so, as far as we know
+    told_at: Mapped[datetime | None]  # when it last told us something by itself: what was asked before is out of date
+    unknown_since: Mapped[datetime | None]  # no poll has been answered since; `status` is what was known before
+    unknown_reason: Mapped[str | None]
+    silent_since: Mapped[datetime | None]  # connected, and yet nothing came or went
+    own_id: Mapped[str | None]  # digits of the number that is logged in
 
     def seal(self, values: dict[str, Any]) -> None:
         """Store this channel's own secrets (access token, …)."""

@@ -32,12 +32,14 @@ _LATELY = timedelta(minutes=3)  # an attempt that ended within the last minute b
 
 
 class Hold(StrEnum):
-    """Why nothing is sent. All but `operator` are probed, one message at a time, and end by themselves."""
+    """Why nothing is sent. All end by themselves but `operator`; one message at a time is the probe of the others, but
+    of `disconnected`, which ends when the channel's session is connected again."""
 
     AUTH = "auth"  # token, permission, or the standing of the account
     PAYMENT = "payment"
     OUTAGE = "outage"  # the provider does not answer
     OPERATOR = "operator"
+    DISCONNECTED = "disconnected"
 
 
 class LaneState(StrEnum):
@@ -165,6 +167,14 @@ class Lane(Base):
         return s.execute(_RESUME, {"channel_id": channel_id}).first() is not None
 
     @staticmethod
+    def reconnected(s: Session, channel_id: UUID) -> bool:
+        """The channel's session is connected again: end the hold that it was not; True when there was one."""
+        given = {"channel_id": channel_id}
+        if s.execute(_IS_DISCONNECTED, given).first() is None:
+            return False
+        return Lane.resume(s, channel_id)
+
+    @staticmethod
     def probe_now(s: Session, channel_id: UUID) -> bool:
         """Somebody mended it, perhaps: probe at once. Not for a hold of the operator's."""
         return s.execute(_PROBE_NOW, {"channel_id": channel_id}).first() is not None
@@ -230,7 +240,8 @@ _EXPECT = text(f"""
 """)
 
 _MAY_SEND = """
-    (paused_until IS NULL OR paused_until <= now()) AND (hold IS NULL OR hold <> 'operator' AND next_probe_at <= now())
+    (paused_until IS NULL OR paused_until <= now())
+    AND (hold IS NULL OR hold NOT IN ('operator', 'disconnected') AND next_probe_at <= now())
 """
 
 _TAKE = text(f"""
@@ -274,7 +285,7 @@ _PAUSE_ALL = text("""
     )
 """)
 
-# What the operator holds stays the operator's. Another reason for a hold starts its probes anew; the same reason told
+# What the operator holds stays the operator's, and what is disconnected stays so until it is connected again. Another reason for a hold starts its probes anew; the same reason told
 # by a call that left before the hold changes nothing.
 _HOLD = text("""
     UPDATE lane SET
@@ -291,6 +302,7 @@ _HOLD = text("""
         is_hold_of_status = :is_of_status
     FROM (SELECT tenant_id, channel_id, hold FROM lane WHERE channel_id = :channel_id FOR UPDATE) AS was
     WHERE lane.channel_id = was.channel_id AND was.hold IS DISTINCT FROM 'operator'
+        AND (was.hold IS DISTINCT FROM 'disconnected' OR :hold IN ('operator', 'disconnected'))
     RETURNING was.hold IS DISTINCT FROM :hold
 """)
 
@@ -301,9 +313,11 @@ _RESUME = text("""
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 
+_IS_DISCONNECTED = text("SELECT FROM lane WHERE channel_id = :channel_id AND hold = 'disconnected' FOR UPDATE")
+
 _PROBE_NOW = text("""
     UPDATE lane SET next_probe_at = now(), next_ring_at = NULL
-    WHERE channel_id = :channel_id AND hold IS NOT NULL AND hold <> 'operator' RETURNING 1
+    WHERE channel_id = :channel_id AND hold IS NOT NULL AND hold NOT IN ('operator', 'disconnected') RETURNING 1
 """)
 
 _TO_RING = text(f"""
@@ -319,7 +333,7 @@ _TO_RING = text(f"""
 
 _SECONDS_UNTIL_DUE = text("""
     SELECT extract(epoch FROM min(greatest(next_due_at, paused_until, next_probe_at, until)) - now()) FROM lane
-    WHERE next_due_at IS NOT NULL AND hold IS DISTINCT FROM 'operator'
+    WHERE next_due_at IS NOT NULL AND coalesce(hold, '') NOT IN ('operator', 'disconnected')
         AND greatest(next_due_at, paused_until, next_probe_at, until) > now()
 """)
 

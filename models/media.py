@@ -47,6 +47,7 @@ class Media(Tenanted, Dated, Base):
     channel_id: Mapped[UUID | None]
     provider_media_id: Mapped[str | None]
     link: Mapped[str | None]  # where it is to be had without an id; of anybody's choice, so never trusted
+    keys: Mapped[dict[str, Any] | None]  # what a gateway needs to fetch and decrypt it (megaapi.md, "Media download")
     kind: Mapped[str]
     mime_type: Mapped[str | None]  # as the sender claims
     sha256: Mapped[str | None]  # as the provider claims, base64 or hex
@@ -151,7 +152,7 @@ def _ended(s: Session, row: RowMapping, given: dict[str, Any]) -> bool:
 
 
 _EXPECT = text(f"""
-    INSERT INTO media (tenant_id, id, message_id, channel_id, provider_media_id, link, kind, mime_type, sha256,
+    INSERT INTO media (tenant_id, id, message_id, channel_id, provider_media_id, link, keys, kind, mime_type, sha256,
         filename, deadline, next_ring_at)
     SELECT given.*, now() + :ring_again FROM {
     rows(
@@ -161,6 +162,7 @@ _EXPECT = text(f"""
         channel_id="uuid",
         provider_media_id="text",
         link="text",
+        keys="jsonb",
         kind="text",
         mime_type="text",
         sha256="text",

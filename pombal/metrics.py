@@ -102,6 +102,25 @@ double_sends = Counter(
     "pombal_double_sends_total", "Messages that the provider accepted twice.", ["provider"], registry=REGISTRY
 )
 holds = Counter("pombal_lane_holds_total", "Times that a channel's sending was held.", ["hold"], registry=REGISTRY)
+channel_changes = Counter(
+    "pombal_channel_changes_total",
+    "Times that a channel's session became what it was not, or was no longer known.",
+    ["provider", "status"],
+    registry=REGISTRY,
+)
+status_polls = Counter(
+    "pombal_status_polls_total",
+    "Answers about an instance's state, by what they came to.",
+    ["provider", "outcome"],
+    registry=REGISTRY,
+)
+sync_seconds = Histogram(
+    "pombal_sync_round_seconds",
+    "Time of a round over all instances.",
+    ["outcome"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
 media_files = Counter(
     "pombal_media_files_total", "Downloads of files, by what they came to.", ["provider", "outcome"], registry=REGISTRY
 )

@@ -47,6 +47,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     media_allowed_networks: str = ""
     whatsapp_media_hosts: str = "lookaside.fbsbx.com,*.fbcdn.net,graph.facebook.com"
     media_quota: Annotated[int, msgspec.Meta(ge=0)] = 0
+    mega_api_host: str = ""
+    mega_api_token: str = ""
+    status_sync_at_once: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 16
+    whatsapp_stub_fast: bool = False
+    cron_secret: str = ""
 
     def __repr__(self) -> str:
         return f"Settings(mode={self.mode!r})"
@@ -154,6 +159,7 @@ def check_secrets(given: Settings) -> list[str]:
         for name, value in (
             ("WHATSAPP_APP_SECRET", given.whatsapp_app_secret),
             ("METRICS_TOKEN", given.metrics_token),
+            ("CRON_SECRET", given.cron_secret),
         ):
             if value and len(value) < _SHORTEST_SECRET:
                 wrong.append(f"{name} is shorter than {_SHORTEST_SECRET} characters")

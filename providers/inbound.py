@@ -6,7 +6,7 @@ Times are timezone-aware UTC. `path` is the JSON path of the element in the body
 """
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -14,9 +14,10 @@ import msgspec
 class Person(msgspec.Struct, frozen=True, gc=False):
     """Somebody (or a group) on the other side of a channel.
 
-    `identities` are `(kind, value)` pairs, strongest first: `bsuid`, `phone` (digits without `+`, as the provider
-    spelt it), `group`. Never empty. `aliases` are identities that a provider says belong to the same
-    person from now on (a changed number), weaker than every identity.
+    `identities` are `(kind, value)` pairs, strongest first: `bsuid`, `lid` (digits), `phone` (digits without
+    `+`, as the provider spelt it), `group` (of WhatsApp Web: the part before `@g.us`). Never empty. `aliases` are
+    identities that a provider says belong to the same person from now on (a changed number; the JID that it is really
+    written to), weaker than every identity.
     """
 
     identities: tuple[tuple[str, str], ...]
@@ -25,7 +26,8 @@ class Person(msgspec.Struct, frozen=True, gc=False):
 
 
 class File(msgspec.Struct, frozen=True, gc=False):
-    """A file that a message carries, by the provider's media id or by a link; bytes are fetched by a later job."""
+    """A file that a message carries, by the provider's media id, by a link, or by the keys with which a gateway fetches
+    and decrypts it; bytes are fetched by a later job."""
 
     provider_media_id: str | None
     kind: str
@@ -33,6 +35,7 @@ class File(msgspec.Struct, frozen=True, gc=False):
     sha256: str | None = None
     filename: str | None = None
     link: str | None = None
+    keys: dict[str, Any] | None = None
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -75,6 +78,17 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     pricing: dict[str, Any] | None = None
     conversation: dict[str, Any] | None = None
+    chat: Person | None = None  # whom the message was sent to, where the provider tells and gives no callback data
+
+
+class Connection(msgspec.Struct, frozen=True, gc=False):
+    """A gateway says by itself that something changed about its connection. `word` is its own, in lower case.
+
+    Deliveries of gateways are unsigned: whoever hears of it asks the gateway before believing anything.
+    """
+
+    path: str
+    word: str
 
 
 class TemplateStatus(msgspec.Struct, frozen=True, gc=False):
@@ -106,13 +120,17 @@ class Reject(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+Item: TypeAlias = Message | Called | Status | TemplateStatus | Notice | Connection
+
+
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """One routed part of a body: `number` is the provider's id of our number, else `waba` names the account."""
+    """One routed part of a body: `number` is the provider's id of our number (of a gateway: the key of the instance,
+    None where the body does not say), else `waba` names the account."""
 
     path: str
     number: str | None
     waba: str | None
-    items: list[Message | Called | Status | TemplateStatus | Notice]
+    items: list[Item]
 
 
 class Parsed(msgspec.Struct, frozen=True, gc=False):

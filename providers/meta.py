@@ -16,7 +16,19 @@ from typing import Any, Literal
 import msgspec
 
 from pombal.errors import Rejected
-from providers.inbound import Called, Change, File, Message, Notice, Parsed, Person, Reject, Status, TemplateStatus
+from providers.inbound import (
+    Called,
+    Change,
+    File,
+    Item,
+    Message,
+    Notice,
+    Parsed,
+    Person,
+    Reject,
+    Status,
+    TemplateStatus,
+)
 
 _OBJECT = "whatsapp_business_account"
 
@@ -117,9 +129,6 @@ def _storable(value: Any, levels: int = _MAX_DEPTH) -> None:
 # -- entries and changes ---------------------------------------------------------------------------------------------
 
 
-_Item = Message | Called | Status | TemplateStatus | Notice
-
-
 class _Origin(msgspec.Struct, frozen=True, gc=False):
     """The entry that a change came in: the account's id and, on account and template fields, Meta's time."""
 
@@ -208,7 +217,7 @@ class _Reader:
         if made.items:
             self.changes.append(made)
 
-    def messages(self, path: str, value: dict[str, Any], origin: _Origin, items: list[_Item]) -> None:
+    def messages(self, path: str, value: dict[str, Any], origin: _Origin, items: list[Item]) -> None:
         """Messages and statuses may come together, and an error may come with neither."""
         messages: Any = value.get("messages")
         statuses, errors = value.get("statuses"), value.get("errors")
@@ -235,7 +244,7 @@ class _Reader:
         elif not messages and not statuses:  # a list that is new to us, perhaps: keep it
             self.one(path, value, lambda at, _: items.append(self.notice(at, "messages", value, origin)))
 
-    def echoes(self, path: str, value: dict[str, Any], items: list[_Item]) -> None:
+    def echoes(self, path: str, value: dict[str, Any], items: list[Item]) -> None:
         """What the business sent from its phone app: outgoing, whoever is named in `from` (§15: bot loops)."""
         if value.get("message_echoes") is None:
             raise Rejected("no message_echoes list")
@@ -246,7 +255,7 @@ class _Reader:
 
         self.each(f"{path}.message_echoes", value["message_echoes"], echo)
 
-    def calls(self, path: str, value: dict[str, Any], items: list[_Item]) -> None:
+    def calls(self, path: str, value: dict[str, Any], items: list[Item]) -> None:
         """The beginnings of users' calls; whatever else is said of calls is in the notice alone (§8)."""
         contacts = self.contacts(path, value.get("contacts"))
 

@@ -51,17 +51,43 @@ class Fault(msgspec.Struct, frozen=True):
     is_about_file: bool = False  # perhaps it no longer has the file that the message named by the provider's id
 
 
+class Attachment(NamedTuple):
+    """A file to hand to a provider. `chunks` gives its bytes, once."""
+
+    mime_type: str
+    size: int
+    chunks: AsyncIterator[bytes]
+
+
+class Quoted(NamedTuple):
+    """The message that another one answers or marks as read, as a gateway must be told of it."""
+
+    provider_id: str
+    is_ours: bool
+    author: str | None  # in a group: the JID of who wrote it
+    type: str
+    body: dict[str, Any]
+
+
 class Outgoing(msgspec.Struct, frozen=True):
-    """One message to send. `body` holds the object named like the type, and `context` of a reply."""
+    """One message to send. `body` holds the object named like the type, and `context` of a reply.
+
+    `attachment` and `quoted` only for providers that cannot be told by an id alone.
+    """
 
     type: str
     body: dict[str, Any]
-    recipient: str | None  # a phone number with its plus, or a BSUID; None for a read receipt
+    recipient: str | None  # a phone number with its plus, a BSUID, or a JID; None for a read receipt at Meta
     callback: str  # comes back with each status
+    attachment: Attachment | None = None
+    quoted: Quoted | None = None
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What became of one call. `identities` are the `(kind, value)` by which the provider knows the recipient."""
+    """What became of one call. `identities` are the `(kind, value)` by which the provider knows the recipient.
+
+    An accepted one may lack its `provider_id`: the provider tells it later, by an echo of our message.
+    """
 
     outcome: Outcome
     provider_id: str | None = None
@@ -70,14 +96,6 @@ class Answer(msgspec.Struct, frozen=True):
     fault: Fault | None = None
     why: str = ""  # of an unknown outcome or a request that never left: the kind of failure, for operators
     trace_id: str | None = None
-
-
-class Attachment(NamedTuple):
-    """A file to hand to a provider, for messages to name it. `chunks` gives its bytes, once."""
-
-    mime_type: str
-    size: int
-    chunks: AsyncIterator[bytes]
 
 
 class Sender(Protocol):

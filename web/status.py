@@ -98,7 +98,7 @@ def _sending(lane: RowMapping | None) -> dict[str, Any]:
 
 
 def _hold(lane: RowMapping) -> dict[str, Any]:
-    is_probed = lane["hold"] != Hold.OPERATOR
+    is_probed = lane["hold"] not in (Hold.OPERATOR, Hold.DISCONNECTED)
     return {
         "kind": lane["hold"],
         "code": lane["hold_code"],

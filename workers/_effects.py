@@ -292,6 +292,7 @@ class Told:
                 "channel_id": channel,
                 "provider_media_id": item.file.provider_media_id,
                 "link": item.file.link,
+                "keys": item.file.keys,
                 "kind": item.file.kind,
                 "mime_type": item.file.mime_type,
                 "sha256": item.file.sha256,

@@ -506,7 +506,7 @@ class Turn:
         holds = [heed for heed in heeds if heed.hold]
         if holds:
             self._hold(s, holds[0], is_probe=probe is not None)
-        elif probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR):
+        elif probe is not None and lane is not None and lane["hold"] not in (None, Hold.OPERATOR, Hold.DISCONNECTED):
             # (An operator's hold that came while a probe was under way is the operator's to end.) What a status told
             # is told some time after acceptance: only the next probe is the proof that it was not told again.
             if _verdicts.misses(probe) or lane["is_hold_of_status"]:

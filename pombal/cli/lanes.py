@@ -93,7 +93,7 @@ def shown(row: RowMapping, more: More) -> dict[str, Any]:
         "text": row["hold_reason"],
         "since": row["held_at"],
         "probes": row["probes"],
-        "next_probe_at": row["next_probe_at"] if row["hold"] != Hold.OPERATOR else None,
+        "next_probe_at": row["next_probe_at"] if row["hold"] not in (Hold.OPERATOR, Hold.DISCONNECTED) else None,
     }
     return {
         "tenant": None,

@@ -19,6 +19,8 @@ WITHOUT_POLICY = {
     "app": "a webhook names its app; the tenant follows from it. Secrets in it are sealed, and it is never served",
     "route": "says to which tenant a number belongs; holds ids alone, and is never served",
     "lane": "the sweep looks for lanes of all tenants that need somebody; it holds ids, codes and times alone",
+    "webhook_token": "a webhook names its channel by its token; hashes and ids alone, and never served",
+    "sync_report": "a round over the whole fleet is nobody's; served by its id and its tenant together",
 }
 TENANTED = sorted(
     table.name
