@@ -5,6 +5,7 @@ still be found: such an attempt is `unknown` until a status, or an answer that c
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -14,6 +15,7 @@ from sqlalchemy import Index, RowMapping, UniqueConstraint, func, select, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Tenanted, belongs_to, given_rows, id_column, rows
+from models.message import IN_LINE, NAMELESS
 
 
 class Outcome(StrEnum):
@@ -115,10 +117,22 @@ class Attempt(Tenanted, Base):
         return list(s.execute(_REPORTED, given_rows(asked)).mappings()) if asked else []
 
     @staticmethod
-    def settle(s: Session, given: list[RowMapping]) -> list[RowMapping]:
-        """A status has told these attempts' provider ids (`reported`): they were accepted.
+    def nameless(s: Session, keys: set[tuple[UUID, UUID, UUID]]) -> list[RowMapping]:
+        """The attempts in these `(tenant, channel, conversation)` that left, or may have, under an id nobody has told.
 
-        A message without an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id`
+        The oldest first: `tenant_id`, `channel_id`, `conversation_id`, `message_id`, `type`, `body`, `id`, `outcome`,
+        `started_at`.
+        """
+        if not keys:
+            return []
+        given = [{"tenant_id": t, "channel_id": ch, "conversation_id": co} for t, ch, co in sorted(keys)]
+        return list(s.execute(_NAMELESS, given_rows(given)).mappings())
+
+    @staticmethod
+    def settle(s: Session, given: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
+        """A status or an echo has told these attempts' provider ids: they were accepted.
+
+        Rows as of `reported`, and `sent_at` where it is known. A message without an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id`
         and `is_adopted` of the messages; one that did not adopt it had been sent twice. Needs the lanes' locks.
         """
         if not given:
@@ -219,6 +233,24 @@ _REPORTED = text(f"""
     WHERE a.channel_id = given.channel_id AND a.provider_id IS NULL
 """)
 
+# Those in line, and those that were accepted by an answer without an id.
+_NAMELESS = text(f"""
+    SELECT m.tenant_id, m.channel_id, m.conversation_id, m.id AS message_id, m.type, m.body, a.id, a.outcome,
+        a.started_at
+    FROM {rows(tenant_id="uuid", channel_id="uuid", conversation_id="uuid")}
+    CROSS JOIN LATERAL (
+        SELECT * FROM message AS m
+        WHERE m.tenant_id = given.tenant_id AND m.conversation_id = given.conversation_id AND m.{IN_LINE}
+            AND m.attempts > 0 AND m.provider_id IS NULL AND m.type <> 'read'
+        UNION ALL
+        SELECT * FROM message AS m
+        WHERE m.tenant_id = given.tenant_id AND m.conversation_id = given.conversation_id AND m.{NAMELESS}
+    ) AS m
+    JOIN attempt AS a ON a.message_id = m.id AND a.tenant_id = m.tenant_id
+    WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted')
+    ORDER BY m.turn_at, m.id, a.number
+""")
+
 # The message takes the first id that is told of any of its attempts, but for one that failed: that is the end of that
 # attempt alone. It may have been queued again meanwhile, or be under way a second time: then it is sent already, and
 # the second one is a double that is counted.
@@ -226,17 +258,27 @@ _SETTLE = text(f"""
     WITH settled AS (
         UPDATE attempt AS a SET provider_id = given.provider_id, outcome = 'accepted', settled_by = 'status',
             ended_at = coalesce(a.ended_at, clock_timestamp())
-        FROM {rows(tenant_id="uuid", channel_id="uuid", id="uuid", message_id="uuid", provider_id="text")}
+        FROM {
+    rows(
+        tenant_id="uuid",
+        channel_id="uuid",
+        id="uuid",
+        message_id="uuid",
+        provider_id="text",
+        sent_at="timestamptz",
+    )
+}
         WHERE (a.tenant_id, a.id) = (given.tenant_id, given.id) AND a.provider_id IS NULL
-        RETURNING a.tenant_id, a.id, a.message_id, a.provider_id
+        RETURNING a.tenant_id, a.id, a.message_id, a.provider_id, given.sent_at
     ), first_told AS (
         SELECT DISTINCT ON (tenant_id, message_id) * FROM settled ORDER BY tenant_id, message_id, id
     ), adopted AS (
         UPDATE message AS m SET provider_id = t.provider_id, status = 'sent', due_at = NULL, attempt_id = t.id,
-            error_code = NULL, error = NULL, failed_at = NULL
+            error_code = NULL, error = NULL, failed_at = NULL, sent_at = coalesce(m.sent_at, t.sent_at)
         FROM first_told AS t
         WHERE (m.tenant_id, m.id) = (t.tenant_id, t.message_id) AND (m.provider_id IS NULL OR m.status = 'failed')
-            AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+            AND (m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+                OR m.status = 'sent' AND m.provider_id IS NULL)
         RETURNING m.tenant_id, m.id
     )
     SELECT m.tenant_id, m.id, m.channel_id, m.conversation_id, a.id IS NOT NULL AS is_adopted

@@ -43,6 +43,14 @@ class ContactIdentity(Tenanted, Dated, Base):
     contact_id: Mapped[UUID]
 
     @staticmethod
+    def owners(s: Session, keys: set[_Key]) -> dict[_Key, UUID]:
+        """The contacts of those identities that somebody has."""
+        if not keys:
+            return {}
+        found = s.execute(_FIND, given_rows([_key_row(key) for key in sorted(keys)]))
+        return {(row.tenant_id, row.channel_id, row.kind, row.value): row.contact_id for row in found}
+
+    @staticmethod
     def add(s: Session, given: list[tuple[UUID, UUID, str, str, UUID]]) -> None:
         """Note more identities of contacts: `(tenant, channel, kind, value, contact)`. One that is taken stays so."""
         keys = {

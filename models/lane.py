@@ -285,8 +285,8 @@ _PAUSE_ALL = text("""
     )
 """)
 
-# What the operator holds stays the operator's, and what is disconnected stays so until it is connected again. Another reason for a hold starts its probes anew; the same reason told
-# by a call that left before the hold changes nothing.
+# What the operator holds stays the operator's, and what is disconnected stays so until it is connected again. Another
+# reason for a hold starts its probes anew; the same reason told by a call that left before the hold changes nothing.
 _HOLD = text("""
     UPDATE lane SET
         probes = CASE WHEN was.hold = :hold THEN lane.probes + CAST(:is_probe AS bool)::int ELSE 0 END,

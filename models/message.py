@@ -9,6 +9,7 @@ An outgoing one that somebody asked us to send also has a place in its channel's
 """
 
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -45,6 +46,8 @@ RISING = (
 
 
 IN_LINE = "status IN ('queued', 'sending', 'unknown')"
+# Accepted by an answer that told no id; an echo will (megaapi.md, "Responses"). A receipt never has one.
+NAMELESS = "status = 'sent' AND provider_id IS NULL AND type <> 'read'"
 
 
 class Message(Tenanted, Dated, Base):
@@ -66,6 +69,7 @@ class Message(Tenanted, Dated, Base):
             "due_at",
             postgresql_where=text("status = 'unknown' AND due_at IS NOT NULL"),
         ),
+        Index("ix_message_nameless", "tenant_id", "conversation_id", postgresql_where=text(NAMELESS)),
         Index("ix_message_sending", "tenant_id", "channel_id", postgresql_where=text("status = 'sending'")),
         Index(
             "uq_message_idempotency_key",
@@ -143,6 +147,14 @@ class Message(Tenanted, Dated, Base):
         if not given:
             return set()
         return set(s.execute(_STORE, given_rows(given)).scalars())
+
+    @staticmethod
+    def known(s: Session, keys: Iterable[tuple[UUID, UUID, str]]) -> set[tuple[UUID, UUID, str]]:
+        """Those of these `(tenant, channel, provider id)` that a message has."""
+        given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
+        if not given:
+            return set()
+        return {(row.tenant_id, row.channel_id, row.provider_id) for row in s.execute(_KNOWN, given_rows(given))}
 
     @staticmethod
     def catch_up(s: Session, keys: list[tuple[UUID, UUID, str]]) -> list[RowMapping]:
@@ -319,6 +331,14 @@ _FOLD = text(f"""
         pricing = coalesce(m.pricing, excluded.pricing),
         conversation = coalesce(m.conversation, excluded.conversation),
         callback_data = coalesce(m.callback_data, excluded.callback_data)
+""")
+
+_KNOWN = text(f"""
+    SELECT given.* FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+    WHERE EXISTS (
+        SELECT FROM message AS m
+        WHERE (m.tenant_id, m.channel_id, m.provider_id) = (given.tenant_id, given.channel_id, given.provider_id)
+    )
 """)
 
 _TOUCH = text(f"""

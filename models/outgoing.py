@@ -63,6 +63,16 @@ def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowM
     return list(s.execute(_ADOPT, _named(tenant_id, given)).mappings())
 
 
+def fold_echoes(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
+    """Echoes that came before the answers of these sends, and were not known for ours, make room for them.
+
+    Rows as for `adopt`, which follows. Returns `tenant_id`, `channel_id`, `id` of the message and `echo_id` of each.
+    """
+    if not given:
+        return []
+    return list(s.execute(_FOLD_ECHOES, _named(tenant_id, given)).mappings())
+
+
 def delay(s: Session, tenant_id: UUID, waits: dict[UUID, float]) -> None:
     """Queued messages that have to wait for so many seconds: their recipient has had as many as may be sent."""
     if waits:
@@ -320,6 +330,16 @@ _ADOPT = text(f"""
     FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
     JOIN message AS m ON m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
     LEFT JOIN adopted ON adopted.id = m.id
+""")
+
+# Its file too, if it has one: the message that we sent carries it.
+_FOLD_ECHOES = text(f"""
+    DELETE FROM message AS o USING {rows(id="uuid", provider_id="text")}, message AS m
+    WHERE m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
+        AND (o.tenant_id, o.channel_id, o.provider_id) = (m.tenant_id, m.channel_id, given.provider_id)
+        AND o.direction = 'out' AND o.turn_at IS NULL AND o.id <> m.id
+        AND m.provider_id IS NULL AND m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
+    RETURNING m.tenant_id, m.channel_id, m.id, o.id AS echo_id
 """)
 
 _DELAY = text(f"""

@@ -55,6 +55,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     chat: Person
     at: datetime
     file: File | None = None
+    may_be_ours: bool = False  # an echo that its provider does not tell apart from what we sent ourselves
 
 
 class Called(msgspec.Struct, frozen=True, gc=False):

@@ -5,7 +5,7 @@ of items ends in the same rows. Each table is written once per batch, sorted by 
 of tables, so that two batches cannot deadlock (architecture.md, decision 2). Not a queue, hence the underscore.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from models import (
     Attempt,
+    ContactIdentity,
     Conversation,
     DeadLetter,
     Event,
@@ -36,7 +37,7 @@ from pombal.ids import uuid7
 from providers import inbound
 from providers.meta_errors import late_fault
 from providers.outbound import Kind
-from workers import _late
+from workers import _echoes, _late
 
 _log = log.get()
 
@@ -85,20 +86,24 @@ def apply_items(
         if id_ is not None:
             sources.append((source, id_, tenant, channel, item.direction))
     told.people.settle(s)
+    # Of channels whose echoes may be of our own sends, before a row of theirs is written: what a turn of the lane is
+    # writing down at the same time may have the same id.
+    Lane.lock(s, told.channels_of_gateways())
+    settled = settle_sends(s, claimed_by_echoes(s, told))
     new = Message.store(s, told.message_rows())
     StatusReport.fold(s, told.status_rows())
     reported = Attempt.reported(s, list(told.callbacks))
-    # All lanes that something moves in, at once and in their order, before any message is touched.
+    # All other lanes that something moves in, at once and in their order, before any message is touched.
     Lane.lock(s, sorted({row["channel_id"] for row in reported} | {channel for _, channel in told.failures}))
     held = hold_lanes(s, told.failures)
-    settled = settle_sends(s, reported)
+    settled += settle_sends(s, [dict(row) for row in reported] + claimed_by_acks(s, told))
     risen = Message.catch_up(s, told.reported_keys())
     Conversation.touch(s, told.conversation_rows(new))
     Template.heard(s, told.template_rows())
     files = told.media_rows(new)
     Media.expect(s, files)
     notices = Seen.first_time(s, set(told.notices))
-    events = [event for _, event in settled] + told.event_rows(new, risen, notices) + held
+    events = [event for _, event in settled if event] + told.event_rows(new, risen, notices) + held
     retried, letters = _late.try_again(s, risen)
     Event.append(s, events + retried)  # their ids were made in this order, which is the one they are read in
     DeadLetter.settle(s, [one.message_id for one, _ in settled if not one.is_double])
@@ -108,7 +113,8 @@ def apply_items(
     s.execute(text("SET CONSTRAINTS ALL DEFERRED"))
     outcome = []
     fresh, media = set(new), {file["message_id"]: file["id"] for file in files}
-    for source, id_, tenant, channel, direction in sources:
+    for source, told_id, tenant, channel, direction in sources:
+        id_ = told.ours.get(told_id, told_id)
         outcome.append((source, Stored(id_, tenant, channel, direction, id_ in fresh, media.pop(id_, None))))
         fresh.discard(id_)
     return outcome, [one for one, _ in settled]
@@ -132,16 +138,56 @@ def hold_lanes(s: Session, failures: dict[tuple[UUID, UUID], list[inbound.Status
     return events
 
 
-def settle_sends(s: Session, reported: list[RowMapping]) -> list[tuple[Settled, dict[str, Any]]]:
-    """Statuses that carry the id of an attempt whose answer nobody has heard (yet) say that it was accepted.
+def claimed_by_echoes(s: Session, told: "Told") -> list[dict[str, Any]]:
+    """The attempts that echoes of gateways are of, as `settle_sends` takes them. Needs the lanes' locks."""
+    heard = told.echoes()
+    known = Message.known(s, [(one.tenant_id, one.channel_id, one.provider_id) for one in heard])
+    found = _echoes.claimed(s, [one for one in heard if (one.tenant_id, one.channel_id, one.provider_id) not in known])
+    for one, attempt in found:
+        told.is_ours((one.tenant_id, one.channel_id, one.provider_id), attempt["message_id"])
+    return [_told_of(one, attempt) for one, attempt in found]
 
-    Returns what was settled, each with its event. Needs the lanes' locks: their lines move.
+
+def claimed_by_acks(s: Session, told: "Told") -> list[dict[str, Any]]:
+    """The same of acks under ids that nobody has told before. Needs the lanes' locks, and the messages stored."""
+    known = Message.known(s, told.acks)
+    nameless = {key: item for key, item in told.acks.items() if key not in known}
+    people = {
+        (tenant, channel, *identity)
+        for (tenant, channel, _), item in nameless.items()
+        for identity in (item.chat.identities if item.chat else ())
+    }
+    contacts = ContactIdentity.owners(s, people)
+    heard = []
+    for (tenant, channel, provider_id), item in nameless.items():
+        mine = ((tenant, channel, *identity) for identity in (item.chat.identities if item.chat else ()))
+        contact = next((contacts[key] for key in mine if key in contacts), None)
+        if contact is not None:
+            chat = Conversation.id_of(channel, contact)
+            heard.append(_echoes.Heard(tenant, channel, chat, provider_id, item.at))
+    return [_told_of(one, attempt) for one, attempt in _echoes.claimed(s, heard)]
+
+
+def _told_of(heard: _echoes.Heard, attempt: RowMapping) -> dict[str, Any]:
+    ids = {name: attempt[name] for name in ("tenant_id", "channel_id", "id", "message_id", "outcome")}
+    return ids | {"provider_id": heard.provider_id, "sent_at": heard.at}
+
+
+def settle_sends(s: Session, reported: Sequence[Mapping[str, Any]]) -> list[tuple[Settled, dict[str, Any] | None]]:
+    """Attempts whose answer nobody has heard (yet), or whose answer told no id: somebody told that they were accepted.
+
+    Returns what was settled, each with its event if it is news. Needs the lanes' locks: their lines move.
     """
     without = {row["message_id"] for row in reported if row["outcome"] == Outcome.UNKNOWN}
-    outcome, freed = [], []
+    answered = {row["message_id"] for row in reported if row["outcome"] == Outcome.ACCEPTED}
+    outcome: list[tuple[Settled, dict[str, Any] | None]] = []
+    freed = []
     for row in Attempt.settle(s, reported):
         kind = "sent" if row["is_adopted"] else "sent_twice"
         settled = Settled(row["id"], row["channel_id"], row["id"] in without, not row["is_adopted"])
+        if row["id"] in answered and row["is_adopted"]:
+            outcome.append((settled, None))
+            continue
         outcome.append((settled, outgoing.event(row, kind)))
         outgoing.wake(s, row["tenant_id"], {row["conversation_id"]})
         freed.append({"tenant_id": row["tenant_id"], "channel_id": row["channel_id"], "due_at": None})
@@ -157,6 +203,8 @@ class Told:
         self.notices: dict[tuple[UUID, bytes], tuple[UUID, inbound.Notice]] = {}
         self.callbacks: set[tuple[UUID, UUID, str, str]] = set()  # with the data that a send carried, by its status
         self.failures: dict[tuple[UUID, UUID], list[inbound.Status]] = {}  # reported ones, by channel
+        self.acks: dict[tuple[UUID, UUID, str], inbound.Status] = {}  # of gateways, which name no attempt
+        self.ours: dict[UUID, UUID] = {}  # echoes of messages of ours: the ids they would have had, and have
         self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
         self._calls: list[tuple[UUID, UUID, inbound.Called]] = []
         self._statuses: dict[tuple[UUID, UUID, str, str], dict[str, Any]] = {}
@@ -186,6 +234,23 @@ class Told:
                 self.notices.setdefault((tenant, item.digest), (channel, item))
         return None
 
+    def channels_of_gateways(self) -> list[UUID]:
+        """Those that something was told of which may concern a send of ours without naming it."""
+        told = {channel for (_, channel, _), (_, _, item) in self._messages.items() if item.may_be_ours}
+        return sorted(told | {channel for _, channel, _ in self.acks})
+
+    def echoes(self) -> list[_echoes.Heard]:
+        heard = []
+        for (tenant, channel, provider_id), (_, _, item) in self._messages.items():
+            if item.may_be_ours:
+                chat = Conversation.id_of(channel, self.people.whom(tenant, channel, item.chat.identities))
+                heard.append(_echoes.Heard(tenant, channel, chat, provider_id, item.at, item.type, item.body))
+        return heard
+
+    def is_ours(self, key: tuple[UUID, UUID, str], message_id: UUID) -> None:
+        """This echo is of a message of ours, and gets no row of its own."""
+        self.ours[self._messages[key][0]] = message_id
+
     def _meet(self, tenant: UUID, channel: UUID, item: inbound.Message) -> None:
         for person in (item.person, item.chat) if item.chat is not item.person else (item.person,):
             self.people.meet(tenant, channel, person.identities, person.aliases, person.name, item.at)
@@ -198,6 +263,8 @@ class Told:
             row["status"], row["rank"] = item.status, rank
         if item.status == "failed":
             self.failures.setdefault((tenant, channel), []).append(item)
+        if item.chat is not None and item.status in _ACKS:
+            self.acks.setdefault((tenant, channel, item.provider_id), item)
         if item.callback_data:
             self.callbacks.add((tenant, channel, item.provider_id, item.callback_data))
         for column in REPORTED_AT.get(item.status, ()):
@@ -211,6 +278,8 @@ class Told:
     def message_rows(self) -> list[dict[str, Any]]:
         rows = []
         for (tenant, channel, provider_id), (id_, delivery, item) in self._messages.items():
+            if id_ in self.ours:
+                continue
             is_in = item.direction == "in"
             chat = self.people.whom(tenant, channel, item.chat.identities)
             rows.append(
@@ -322,6 +391,8 @@ class Told:
             rows.append(Event.row(notice.type, tenant, channel, None, notice.payload))
         return rows
 
+
+_ACKS = ("sent", "delivered", "read", "played")
 
 # `read` without `delivered` is common: the step was skipped, not missed (whatsapp-cloud-api.md §4).
 REPORTED_AT = {

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from models import (
     Attempt,
     Channel,
+    ChannelKind,
     ContactIdentity,
     Conversation,
     DeadLetter,
@@ -307,8 +308,13 @@ class Turn:
         unheard = list(self._line._attempts.values())  # of an earlier try of this commit, which may have succeeded
         accepted = [(work, answer) for work, answer in self._done if answer.outcome is Outcome.ACCEPTED]
         ContactIdentity.add(s, list(self._identities(accepted)))
-        StatusReport.touch(s, [(self._tenant, self._id, a.provider_id) for _, a in accepted if a.provider_id])
-        lane = Lane.renew(s, self._id, self._line._token)
+        names = [(self._tenant, self._id, answer.provider_id) for _, answer in accepted if answer.provider_id]
+        if self._provider == ChannelKind.META:
+            StatusReport.touch(s, names)
+            lane = Lane.renew(s, self._id, self._line._token)
+        else:  # whoever writes down what a gateway tells has the lane first (workers/_effects.py)
+            lane = Lane.renew(s, self._id, self._line._token)
+            StatusReport.touch(s, names)
         if lane is None:  # the lease ran out: the answers are facts all the same
             Lane.lock(s, [self._id])
             Lane.expect(s, [{"tenant_id": self._tenant, "channel_id": self._id, "due_at": None}])
@@ -421,6 +427,9 @@ class Turn:
             for work, answer in accepted
         ]
         works = {work.id: work for work, _ in accepted}
+        for row in outgoing.fold_echoes(s, self._tenant, given):
+            payload = {"message_id": row["id"], "merged": row["echo_id"]}
+            self.events.append(Event.row("message_merged", self._tenant, self._id, row["id"], payload))
         for row in outgoing.adopt(s, self._tenant, given):
             self.left.add(row["conversation_id"])
             if row["is_adopted"]:

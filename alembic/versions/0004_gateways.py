@@ -17,6 +17,7 @@ depends_on: str | Sequence[str] | None = None
 
 SEEN = "tenant_id = ANY ((SELECT nullif(current_setting('app.tenant_ids', true), '')::uuid[])::uuid[])"
 TIME = sa.TIMESTAMP(timezone=True)
+NAMELESS = "status = 'sent' AND provider_id IS NULL AND type <> 'read'"
 STANDING = (
     sa.Column("status", sa.Text(), nullable=True),
     sa.Column("status_raw", sa.Text(), nullable=True),
@@ -34,6 +35,9 @@ def upgrade() -> None:
     for column in STANDING:
         op.add_column("channel", column)
     op.add_column("media", sa.Column("keys", sa.dialects.postgresql.JSONB(), nullable=True))
+    op.create_index(
+        "ix_message_nameless", "message", ["tenant_id", "conversation_id"], postgresql_where=sa.text(NAMELESS)
+    )
     op.create_table(
         "webhook_token",
         sa.Column("digest", sa.LargeBinary(), nullable=False),
@@ -108,6 +112,7 @@ def downgrade() -> None:
     op.drop_table("session")
     op.drop_table("sync_report")
     op.drop_table("webhook_token")
+    op.drop_index("ix_message_nameless", table_name="message")
     # Whatever came through a gateway cannot be fetched by what was before it.
     op.execute("ALTER TABLE media NO FORCE ROW LEVEL SECURITY")
     op.execute("UPDATE media SET state = 'failed', error_code = 'gone' WHERE keys IS NOT NULL AND state = 'pending'")
