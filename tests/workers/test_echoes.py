@@ -1,0 +1,291 @@
+"""A gateway's call carries no id of ours: echoes and acks settle sends by where and what, in every order."""
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+
+from models import Channel
+from pombal import db
+from pombal.ids import uuid7
+from pombal.pace import Pace, client_for_pace
+from pombal.settings import settings
+from providers import inbound
+from providers.outbound import Answer, Outcome
+from tests.factories import Shop, a_shop, rows
+from tests.workers.sending import queue
+from workers._echoes import fingerprint
+from workers._effects import apply_items
+from workers._line import Line, Work
+
+PHONE = "5511944440001"
+BIA = inbound.Person((("phone", PHONE),), aliases=(("jid", PHONE),))
+LOST = Answer(Outcome.UNKNOWN, why="no answer in time")
+
+
+@pytest.fixture
+def shop() -> Shop:
+    """A shop whose channel is at a gateway."""
+    shop = a_shop()
+    channel = Channel(tenant_id=shop.tenant.id, id=uuid7(), kind="megaapi", name="gateway", config={})
+    with db.session([shop.tenant.id]) as s:
+        s.add(channel)
+    return shop._replace(channel=channel)
+
+
+class Sending:
+    """A message on its way: its call has left, and the test says what comes back when."""
+
+    def __init__(self, shop: Shop, *texts: str) -> None:
+        self.ids = queue(shop, *texts)
+        line = Line.take(shop.channel.id, uuid4(), Pace(client_for_pace(settings().require_redis())))
+        assert line is not None
+        self.line = line
+        self.works: list[Work] = []
+        for _ in range(3):  # one turn to look, one to begin
+            plan = line.turn([], under_way=self.works, may_begin=True)
+            self.works += [work for work, _ in plan.begun]
+
+    def answer(self, answer: Answer, n: int = 0) -> None:
+        self.line.turn([(self.works[n], answer)], under_way=[], may_begin=False)
+
+
+def accepted(provider_id: str | None) -> Answer:
+    return Answer(Outcome.ACCEPTED, provider_id=provider_id, http_status=200)
+
+
+def an_echo(provider_id: str, body: str = "Olá", at: datetime | None = None) -> inbound.Message:
+    return inbound.Message(
+        path="$",
+        provider_id=provider_id,
+        direction="out",
+        type="text",
+        body={"text": {"body": body}},
+        person=BIA,
+        chat=BIA,
+        at=at or datetime.now(UTC).replace(microsecond=0),
+        may_be_ours=True,
+    )
+
+
+def an_ack(provider_id: str, status: str = "delivered") -> inbound.Status:
+    return inbound.Status(path="$", provider_id=provider_id, status=status, at=datetime.now(UTC), chat=BIA)
+
+
+def hear(shop: Shop, *items: Any) -> list[UUID]:
+    """A batch of what the gateway tells, as incoming_message writes it; returns the ids of its messages."""
+    for _ in range(5):
+        try:
+            with db.session([shop.tenant.id]) as s:
+                db.by_key(s)
+                stored, _settled = apply_items(s, [(None, shop.tenant.id, shop.channel.id, item) for item in items])
+            return [message.id for _, message in stored]
+        except Exception as error:
+            if not db.is_worth_rerunning(error):
+                raise
+    raise AssertionError("five deadlocks in a row")
+
+
+def messages(shop: Shop) -> list[dict[str, Any]]:
+    return rows(
+        shop,
+        "SELECT id, status, provider_id, sent_at IS NOT NULL AS has_time, turn_at IS NOT NULL AS is_ours FROM message "
+        "WHERE tenant_id = :tenant ORDER BY id",
+    )
+
+
+def events(shop: Shop, kind: str) -> list[dict[str, Any]]:
+    found = rows(shop, "SELECT payload FROM event WHERE tenant_id = :tenant AND type = :kind ORDER BY id", kind=kind)
+    return [row["payload"] for row in found]
+
+
+def test_an_echo_before_the_answer_is_the_message_and_the_answer_adds_nothing(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    assert hear(shop, an_echo("A1")) == sending.ids
+    sending.answer(accepted("A1"))
+
+    (row,) = messages(shop)
+    assert (row["id"], row["status"], row["provider_id"], row["has_time"]) == (sending.ids[0], "sent", "A1", True)
+    assert events(shop, "message_echoed") == []
+    assert [event["status"] for event in events(shop, "message_status")] == ["sending", "sent"]
+
+
+def test_an_echo_after_the_answer_is_no_second_message(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    sending.answer(accepted("A2"))
+    hear(shop, an_echo("A2"))
+
+    assert [(row["id"], row["status"]) for row in messages(shop)] == [(sending.ids[0], "sent")]
+    assert events(shop, "message_echoed") == []
+
+
+def test_an_answer_without_an_id_gets_it_from_the_echo_and_then_its_statuses(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    sending.answer(accepted(None))
+    hear(shop, an_ack("A3", "read"))
+    hear(shop, an_echo("A3"))
+
+    (row,) = messages(shop)
+    assert (row["id"], row["status"], row["provider_id"]) == (sending.ids[0], "read", "A3")
+    assert [event["status"] for event in events(shop, "message_status")] == ["sending", "sent", "read"]
+
+
+def test_a_lost_answer_is_settled_by_the_echo(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    sending.answer(LOST)
+    assert [row["status"] for row in messages(shop)] == ["unknown"]
+    hear(shop, an_echo("A4", "  Olá\n"))  # blanks do not survive every gateway
+
+    assert [(row["id"], row["status"], row["provider_id"]) for row in messages(shop)] == [
+        (sending.ids[0], "sent", "A4")
+    ]
+
+
+def test_a_lost_answer_is_settled_by_an_ack_when_it_can_only_be_of_this_one(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    sending.answer(LOST)
+    hear(shop, an_ack("A5"))
+
+    (row,) = messages(shop)
+    assert (row["id"], row["status"], row["provider_id"], row["has_time"]) == (
+        sending.ids[0],
+        "delivered",
+        "A5",
+        True,
+    )
+
+
+def test_an_ack_of_what_somebody_typed_on_the_phone_settles_nothing(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+
+    hear(shop, an_echo("A6", "typed by hand"), an_ack("A6"))
+
+    found = {row["provider_id"]: row for row in messages(shop)}
+    assert found[None]["status"] == "unknown"
+    assert found[None]["id"] == sending.ids[0]
+    assert found["A6"]["status"] == "delivered"
+    assert not found["A6"]["is_ours"]
+
+
+def test_an_ack_settles_nothing_while_the_answer_is_on_its_way(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    hear(shop, an_ack("A7"))
+    assert [row["status"] for row in messages(shop)] == ["sending"]
+    sending.answer(accepted("A7"))
+
+    assert [(row["status"], row["provider_id"]) for row in messages(shop)] == [("delivered", "A7")]
+
+
+def test_an_ack_from_a_stranger_makes_no_contact(shop: Shop) -> None:
+    stranger = inbound.Person((("phone", "5511900000009"),))
+
+    hear(shop, inbound.Status("$", "A8", "delivered", datetime.now(UTC), chat=stranger))
+
+    assert rows(shop, "SELECT count(*) AS n FROM contact WHERE tenant_id = :tenant") == [{"n": 0}]
+
+
+def test_an_echo_that_was_not_known_for_ours_makes_room_for_the_answer(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+
+    (echo,) = hear(shop, an_echo("A9", "a text that the gateway has changed"))
+    assert len(messages(shop)) == 2
+    sending.answer(accepted("A9"))
+
+    assert [(row["id"], row["status"], row["provider_id"]) for row in messages(shop)] == [
+        (sending.ids[0], "sent", "A9")
+    ]
+    assert events(shop, "message_merged") == [{"message_id": str(sending.ids[0]), "merged": str(echo)}]
+
+
+def test_an_echo_of_long_ago_is_another_message_with_the_same_words(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+
+    hear(shop, an_echo("A10", at=datetime.now(UTC) - timedelta(hours=1)))
+
+    found = {row["provider_id"]: row["status"] for row in messages(shop)}
+    assert found == {None: "unknown", "A10": "sent"}
+    assert sending.ids[0] not in [row["id"] for row in messages(shop) if row["provider_id"]]
+
+
+def test_the_same_echo_twice_and_its_acks_in_one_batch_end_in_one_row(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+
+    hear(shop, an_ack("A11", "read"), an_echo("A11"), an_ack("A11"), an_echo("A11"))
+    hear(shop, an_echo("A11"))
+
+    assert [(row["id"], row["status"], row["provider_id"]) for row in messages(shop)] == [
+        (sending.ids[0], "read", "A11")
+    ]
+
+
+def test_two_with_the_same_words_are_told_apart_by_their_order(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(LOST)
+    with db.session([shop.tenant.id]) as s:  # nobody waits for it any longer: the next one may go
+        s.execute(text("UPDATE message SET due_at = NULL WHERE id = :id"), {"id": first.ids[0]})
+    first.line.release()
+    second = Sending(shop, "Olá")
+    second.answer(LOST)
+
+    assert hear(shop, an_echo("A12")) == first.ids
+    assert hear(shop, an_echo("A13")) == second.ids
+
+
+@pytest.mark.parametrize("echo_first", [True, False])
+def test_echo_and_answer_at_the_same_moment_end_in_one_row(shop: Shop, echo_first: bool) -> None:
+    words = [f"Olá {n}" for n in range(8)]
+    for n, word in enumerate(words):
+        sending = Sending(shop, word)
+        both: list[Callable[[], object]] = [
+            lambda word=word, n=n: hear(shop, an_echo(f"B{n}", word)),  # type: ignore[misc] # the loop's values
+            lambda sending=sending, n=n: sending.answer(accepted(f"B{n}")),  # type: ignore[misc] # likewise
+        ]
+        failures: list[BaseException] = []
+        gate = threading.Barrier(2)
+
+        def run(act: Callable[[], object], gate: threading.Barrier = gate, failed: Any = failures) -> None:
+            gate.wait()
+            try:
+                act()
+            except BaseException as error:  # a thread's failure is the test's
+                failed.append(error)
+
+        threads = [threading.Thread(target=run, args=(act,)) for act in (both if echo_first else reversed(both))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        sending.line.release()
+
+    found = messages(shop)
+    assert [(row["status"], row["provider_id"]) for row in found] == [("sent", f"B{n}") for n in range(len(words))]
+    assert all(row["is_ours"] for row in found)
+    assert rows(shop, "SELECT count(*) AS n FROM attempt WHERE tenant_id = :tenant") == [{"n": len(words)}]
+
+
+def test_content_is_compared_by_what_survives_a_gateway() -> None:
+    picture = {"image": {"link": "https://example.com/a.jpg", "caption": "Oi "}}
+
+    assert fingerprint("image", picture) == fingerprint("image", {"image": {"sha256": "…", "caption": "Oi"}})
+    assert fingerprint("audio", {"audio": {"link": "…"}}) == fingerprint("voice", {"voice": {"mime_type": "audio/ogg"}})
+    place = {"location": {"latitude": "-23.55052", "longitude": -46.633308, "name": "Sé"}}
+    assert fingerprint("location", place) == fingerprint(
+        "location", {"location": {"latitude": -23.550524, "longitude": -46.63331}}
+    )
+    assert fingerprint("text", {"text": {"body": "a"}}) != fingerprint("text", {"text": {"body": "b"}})
+    card = {"contacts": [{"name": {"formatted_name": "Ana"}, "phones": [{"phone": "+55"}]}]}
+    assert fingerprint("contacts", card) == fingerprint("contacts", {"contacts": [{"name": {"formatted_name": "Ana"}}]})
