@@ -14,7 +14,7 @@ from typing import Protocol as Interface
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from sandbox.faults import SetFault
+from sandbox.faults import AnyFault
 from sandbox.graph_errors import GraphError, refusal
 
 HUGE = 2 * 2**20  # bytes of an answer nobody should read to its end
@@ -83,7 +83,7 @@ def refused(error: GraphError, retry_after: int | None = None) -> Answer:
     return _with_retry_after(Answer(error.http, error.json()), retry_after)
 
 
-def spoilt(kind: str, fault: SetFault, answer: Answer) -> Answer:
+def spoilt(kind: str, fault: AnyFault, answer: Answer) -> Answer:
     """What comes instead of this answer, for kinds whose answer comes in one piece."""
     match kind:
         case "garbage" | "garbage_before" | "garbage_after":
@@ -178,7 +178,7 @@ class Exchange(NamedTuple):
     async def more(self, body: bytes, *, is_last: bool = False) -> None:
         await self.send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
-    async def deliver(self, answer: Answer, fault: SetFault | None, kind: str, record: Record) -> None:
+    async def deliver(self, answer: Answer, fault: AnyFault | None, kind: str, record: Record) -> None:
         """Answer, or do what a fault of this kind does instead; the record learns what was sent."""
         if fault is not None:
             if kind.startswith("hang"):

@@ -9,6 +9,9 @@ The same port answers as Graph (`sandbox.graph`): `POST /v25.0/{phone_number_id}
 `GET /v25.0/{waba_id}/message_templates`. Its rules, faults and journal are under `/meta/rules`, `/meta/faults` and
 `/meta/calls`. Files (`sandbox.media`) are `POST /v25.0/{phone_number_id}/media`, `GET` and `DELETE /v25.0/{media_id}`,
 and the media host below `/media/`; their journal is `/meta/media`, and files of one's own are `/meta/media-files`.
+
+It answers as one host of MegaAPI too (`sandbox.megaapi`): `/rest/…`, told what to do under `/megaapi/…`
+(`sandbox.megaapi_control`).
 """
 
 import argparse
@@ -23,7 +26,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import SystemRandom
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import httpx
 import msgspec
@@ -36,39 +39,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox import files, meta
+from sandbox import files, megaapi_control, meta
 from sandbox.answers import Protocol
 from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
+from sandbox.control import Refused, after_of, limit_of, read_body, shown
 from sandbox.faults import SetFault
 from sandbox.graph import Graph
+from sandbox.megaapi import MegaApi
 from sandbox.meta import JSON
 from sandbox.rules import SetRules
 from sandbox.runs import Plan, Run
-from sandbox.sender import Delivery, Post, Sender
+from sandbox.sender import Post, Sender
 
 log = logging.getLogger("sandbox")
 
 WAIT = 5.0  # seconds a request waits for the first 200
-MAX_REQUEST = 16 * 2**20  # bytes; room for bodies beyond the 3 MB that Meta sends, to try a receiver's limit
 MAX_RUNS = 4  # at one time
 REMEMBERED_RUNS = 20
 MAX_ELEMENTS = 250_000  # in one run; they are all made before the first is sent
-MAX_CALLS = 100_000  # in one answer
 CUSTOMER = "5511944440001"
 NO_MESSAGE = ("reaction", "system", "request_welcome")  # types that open no window (whatsapp-cloud-api.md §10)
 
 Customer = Annotated[str, Meta(pattern=r"^([0-9]{5,20}|[A-Z]{2}\.(ENT\.)?[A-Za-z0-9]{1,128})$")]
 Word = Annotated[str, Meta(min_length=1, max_length=64)]
-T = TypeVar("T")
-
-
-class Refused(Exception):
-    """The request cannot be served; becomes the error answer."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 # Requests
@@ -162,7 +155,7 @@ async def health(request: Request) -> JSONResponse:
 
 async def say(request: Request) -> JSONResponse:
     """{"channel","text","from"?,"name"?}: a customer writes one text; answers its wamid too."""
-    ask = await _body(request, Say)
+    ask = await read_body(request, Say)
     app, channel = _channel(request, ask.channel)
     wamid = _new_wamid(ask.from_)
     message = meta.text_message(wamid, ask.from_, ask.text, int(time.time()))
@@ -177,7 +170,7 @@ async def send(request: Request) -> JSONResponse:
 
     Without an object an example is sent; several messages go through the examples of the type in turn.
     """
-    ask = await _body(request, Send)
+    ask = await read_body(request, Send)
     app, channel = _channel(request, ask.channel)
     wamids = [_new_wamid(ask.from_) for _ in range(ask.count)]
     now = int(time.time())
@@ -205,7 +198,7 @@ async def send(request: Request) -> JSONResponse:
 
 async def status(request: Request) -> JSONResponse:
     """{"channel","wamid","status","to"?,"at"?,"extra"?}: what became of an outgoing message; `extra` keys are added."""
-    ask = await _body(request, Status)
+    ask = await read_body(request, Status)
     app, channel = _channel(request, ask.channel)
     at = int(time.time()) if ask.at is None else ask.at
     element = meta.status(ask.wamid, ask.status, at, ask.to) | ask.extra
@@ -216,7 +209,7 @@ async def status(request: Request) -> JSONResponse:
 
 async def field(request: Request) -> JSONResponse:
     """{"channel","field","value"?}: any other webhook field; without a value an example, the same each time."""
-    ask = await _body(request, Field)
+    ask = await read_body(request, Field)
     app, channel = _channel(request, ask.channel)
     return JSONResponse(await _deliver_change(request, app, channel, ask.field, ask.value))
 
@@ -226,7 +219,7 @@ async def raw(request: Request) -> JSONResponse:
 
     `old` signs with the legacy SHA-1 header alone.
     """
-    ask = await _body(request, Raw)
+    ask = await read_body(request, Raw)
     app, _ = _channel(request, ask.channel)
     if (ask.body is None) == (ask.base64 is None):
         raise Refused(400, "INVALID_PAYLOAD", "give either body or base64")
@@ -246,7 +239,7 @@ async def raw(request: Request) -> JSONResponse:
 
 async def handshake(request: Request) -> JSONResponse:
     """{"channel","verify_token"?}: the GET verification; answers verified, status, exact_challenge, content_type."""
-    ask = await _body(request, Handshake)
+    ask = await read_body(request, Handshake)
     app, _ = _channel(request, ask.channel)
     challenge = str(secrets.randbelow(10**10))
     params = {
@@ -276,7 +269,7 @@ async def start_traffic(request: Request) -> JSONResponse:
     Answers `{"id","seed"}` at once. `rate` is bodies per second, unlimited when left out. The same seed gives the same
     message ids, so a second run with it is all duplicates; without one a fresh seed is taken.
     """
-    ask = await _body(request, StartTraffic)
+    ask = await read_body(request, StartTraffic)
     if ask.per_body[0] > ask.per_body[1]:
         raise Refused(400, "INVALID_PAYLOAD", "per_body is [fewest, most]")
     if ask.bodies * ask.per_body[1] > MAX_ELEMENTS:
@@ -332,7 +325,7 @@ async def journal(request: Request) -> JSONResponse:
         raise Refused(400, "INVALID_PAYLOAD", "limit is a number from 1 to 1000")
     sender: Sender = request.app.state.sender
     latest = list(sender.journal)[: -int(limit) - 1 : -1]
-    return JSONResponse({**sender.counts, "deliveries": [_delivery(delivery) for delivery in latest]})
+    return JSONResponse({**sender.counts, "deliveries": [shown(delivery) for delivery in latest]})
 
 
 async def set_rules(request: Request) -> JSONResponse:
@@ -342,7 +335,7 @@ async def set_rules(request: Request) -> JSONResponse:
     {"words"?,"delay"?,"lost"?,"duplicates"?,"shuffle"?}; of media, there are "check_media", "url_seconds",
     "media_seconds", "upload_seconds" and "media_bytes". See `sandbox.rules`. Answers the rules that hold.
     """
-    ask = await _body(request, SetRules)
+    ask = await read_body(request, SetRules)
     if ask.channel is not None:
         _channel(request, ask.channel)
     _graph(request).rules.set(ask)
@@ -366,7 +359,7 @@ async def set_fault(request: Request) -> JSONResponse:
 
     `sandbox.faults` tells the kinds and the other keys. Answers the fault's id.
     """
-    ask = await _body(request, SetFault)
+    ask = await read_body(request, SetFault)
     if ask.channel is not None:
         _channel(request, ask.channel)
     return JSONResponse({"id": _graph(request).faults.set(ask).id}, status_code=201)
@@ -386,7 +379,7 @@ async def clear_faults(request: Request) -> JSONResponse:
 async def calls(request: Request) -> Response:
     """`?limit=50&channel=&after=`: the latest calls Graph got, newest last, or the first ones after number `after`."""
     channel = request.query_params.get("channel")
-    listed = _graph(request).calls.listed(_limit(request), channel=channel, after=_after(request))
+    listed = _graph(request).calls.listed(limit_of(request), channel=channel, after=after_of(request))
     return Response(msgspec.json.encode({"calls": listed}), media_type="application/json")
 
 
@@ -408,7 +401,7 @@ async def media(request: Request) -> Response:
     """`?limit=50&kind=&id=&after=`: the latest requests about files, newest last, or the first after number `after`."""
     asked = request.query_params
     listed = _graph(request).media.journal.listed(
-        _limit(request), kind=asked.get("kind"), id=asked.get("id"), after=_after(request)
+        limit_of(request), kind=asked.get("kind"), id=asked.get("id"), after=after_of(request)
     )
     return Response(msgspec.json.encode({"media": listed}), media_type="application/json")
 
@@ -430,7 +423,7 @@ async def add_media_file(request: Request) -> JSONResponse:
     Without `base64` it is made, as valid as its type allows, of `size` bytes, and different for each seed. Without a
     channel any may have it. The object is what `POST /meta/send` takes as one, with the type that fits.
     """
-    ask = await _body(request, AddMediaFile)
+    ask = await read_body(request, AddMediaFile)
     channel = None if ask.channel is None else _channel(request, ask.channel)[1]
     if ask.base64 is not None and (ask.size is not None or ask.seed != 0):
         raise Refused(400, "INVALID_PAYLOAD", "either base64, or size and seed")
@@ -487,22 +480,11 @@ ROUTES = [
     Route("/meta/media-files", media_files),
     Route("/meta/media-files", add_media_file, methods=["POST"]),
     Route("/meta/media-files", clear_media_files, methods=["DELETE"]),
+    *megaapi_control.ROUTES,
 ]
 
 
 # What the routes share
-
-
-async def _body(request: Request, type: type[T]) -> T:
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_REQUEST:
-            raise Refused(413, "PAYLOAD_TOO_LARGE", f"a request has at most {MAX_REQUEST} bytes")
-    try:
-        return msgspec.json.decode(content, type=type)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
 
 
 def _config(request: Request) -> Config:
@@ -528,20 +510,6 @@ def _graph(request: Request) -> Graph:
 def _address(request: Request) -> str:
     """This server's, as the client wrote it; the media host is there too."""
     return f"{request.url.scheme}://{request.url.netloc}"
-
-
-def _limit(request: Request) -> int:
-    limit = request.query_params.get("limit", "50")
-    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_CALLS:
-        raise Refused(400, "INVALID_PAYLOAD", f"limit is a number from 1 to {MAX_CALLS}")
-    return int(limit)
-
-
-def _after(request: Request) -> int | None:
-    after = request.query_params.get("after")
-    if after is not None and not after.isdecimal():
-        raise Refused(400, "INVALID_PAYLOAD", "after is the number of a call")
-    return None if after is None else int(after)
 
 
 def _run(request: Request) -> Run:
@@ -578,32 +546,23 @@ async def _deliver(request: Request, post: Post) -> JSON:
     return {"delivery": delivery.id, "accepted": delivery.state == "accepted", "status": delivery.status}
 
 
-def _delivery(delivery: Delivery) -> JSON:
-    return {
-        "id": delivery.id,
-        "state": delivery.state,
-        "attempts": delivery.attempts,
-        "status": delivery.status,
-        "created_at": delivery.created_at,
-        "accepted_at": delivery.accepted_at,
-    }
-
-
 # The service
 
 
 class Service(Starlette):
-    """The control port's app, which Graph's requests pass by: they come by the thousand and are timed."""
+    """The control port's app, which the providers' requests pass by: they come by the thousand and are timed."""
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         if scope["type"] == "http" and self.state.graph.is_asked(scope["path"]):
             await self.state.graph.serve(scope, receive, send)
+        elif scope["type"] == "http" and self.state.megaapi.is_asked(scope["path"]):
+            await self.state.megaapi.serve(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
 
 def create_app(config_path: str | Path) -> Starlette:
-    """The control port and Graph as an ASGI app. It sends only within its lifespan. Serve it with `server`.
+    """The control port, Graph and MegaAPI as an ASGI app. It sends only within its lifespan. Serve it with `server`.
 
     The file need not exist yet: it is read when a request needs it, and again when it has changed.
     """
@@ -614,7 +573,8 @@ def create_app(config_path: str | Path) -> Starlette:
         app.state.runs = {}
         async with Sender() as app.state.sender:
             app.state.graph = Graph(app.state.config, app.state.sender)
-            async with app.state.graph.running():
+            app.state.megaapi = MegaApi(app.state.config)
+            async with app.state.graph.running(), app.state.megaapi.running():
                 yield
             for run in app.state.runs.values():
                 await run.cancel()
@@ -654,10 +614,10 @@ def _http_error(request: Request, error: Any) -> JSONResponse:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; what is pending then is dropped. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta: signed webhooks out, messages in.")
+    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta and MegaAPI: webhooks out, messages in.")
     parser.add_argument("--port", type=int, default=9010, help="control port (9010)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with apps and channels")
+    parser.add_argument("--config", type=Path, required=True, help="JSON file with apps, channels and instances")
     args = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

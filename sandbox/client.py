@@ -165,9 +165,116 @@ def clear_media_files(control_url: str) -> JSON:
     return _call("DELETE", control_url, "/meta/media-files")
 
 
+# MegaAPI, as told in `sandbox.megaapi_control`
+
+
+def mega_instances(control_url: str, *, status: str | None = None, limit: int = 100_000) -> JSON:
+    """The instances, and how many there are of each status."""
+    return _call("GET", control_url, _with_query("/megaapi/instances", status=status, limit=limit))
+
+
+def mega_add(control_url: str, instances: list[JSON] | None = None, **bulk: Any) -> JSON:
+    """These instances, or with `count` many: `bulk` are the other keys of `POST /megaapi/instances`."""
+    return _call("POST", control_url, "/megaapi/instances", instances=instances, **bulk)
+
+
+def mega_remove(control_url: str, instance: str | None = None) -> JSON:
+    """There is no such instance any more; without a name, none of those that were added."""
+    return _call("DELETE", control_url, _with_query("/megaapi/instances", instance=instance))
+
+
+def mega_status(control_url: str, status: str, instances: list[str] | None = None, *, emit: bool = False) -> JSON:
+    """A status for these instances, or for all; with `emit` webhooks tell of it."""
+    return _call("POST", control_url, "/megaapi/status", status=status, instances=instances, emit=emit)
+
+
+def mega_flap(control_url: str, instance: str, every: float, *, emit: bool = True) -> JSON:
+    """Connected and disconnected by turns; every 0 seconds ends it."""
+    return _call("POST", control_url, "/megaapi/flap", instance=instance, every=every, emit=emit)
+
+
+def mega_scan(control_url: str, instance: str) -> JSON:
+    """Somebody scans the QR code."""
+    return _call("POST", control_url, "/megaapi/scan", instance=instance)
+
+
+def mega_connection(control_url: str, instance: str, word: str, **more: Any) -> JSON:
+    """A `connection_update` that says this word; `more` are `form` and `status`."""
+    return _call("POST", control_url, "/megaapi/connection", instance=instance, word=word, **more)
+
+
+def mega_say(
+    control_url: str,
+    instance: str,
+    text: str | None = None,
+    *,
+    kind: str | None = None,
+    from_: str | None = None,
+    **more: Any,
+) -> JSON:
+    """A message of this kind; `more` are the other keys of `POST /megaapi/say`."""
+    given = {"instance": instance, "text": text, "kind": kind, "from": from_, **more}
+    return _call("POST", control_url, "/megaapi/say", **given)
+
+
+def mega_ack(control_url: str, instance: str, id: str, status: int | str, **more: Any) -> JSON:
+    """How far a message of ours has come; `more` are `to`, `participant` and `form`."""
+    return _call("POST", control_url, "/megaapi/ack", instance=instance, id=id, status=status, **more)
+
+
+def mega_raw(control_url: str, instance: str, **content: Any) -> JSON:
+    """Any bytes to its webhook, given as `body` or `base64`, with a `content_type`."""
+    return _call("POST", control_url, "/megaapi/raw", instance=instance, **content)
+
+
+def mega_rules(control_url: str, instance: str | None = None, **rules: Any) -> JSON:
+    """Change what follows a message, the keys of `POST /megaapi/rules`. Answers the rules that hold."""
+    return _call("POST", control_url, "/megaapi/rules", instance=instance, **rules)
+
+
+def mega_clear_rules(control_url: str) -> JSON:
+    """Every rule as it was at the start."""
+    return _call("DELETE", control_url, "/megaapi/rules")
+
+
+def mega_faults(control_url: str, kind: str | None = None, **more: Any) -> JSON:
+    """Let something of this kind go wrong; `more` are the other keys of `POST /megaapi/faults`. Without: a list."""
+    return _call("POST" if kind else "GET", control_url, "/megaapi/faults", **more, kind=kind)
+
+
+def mega_clear_faults(control_url: str) -> JSON:
+    """Nothing goes wrong any more."""
+    return _call("DELETE", control_url, "/megaapi/faults")
+
+
+def mega_calls(control_url: str, *, limit: int = 100_000, **only: Any) -> JSON:
+    """What it was asked, newest last; `only` are `place`, `instance` and `after`."""
+    return _call("GET", control_url, _with_query("/megaapi/calls", limit=limit, **only))
+
+
+def mega_summary(control_url: str) -> JSON:
+    """Counts of those calls, and of the webhooks."""
+    return _call("GET", control_url, "/megaapi/calls/summary")
+
+
+def mega_clear_calls(control_url: str) -> JSON:
+    """Forget them."""
+    return _call("DELETE", control_url, "/megaapi/calls")
+
+
+def mega_journal(control_url: str, *, limit: int = 50) -> JSON:
+    """The latest webhooks."""
+    return _call("GET", control_url, _with_query("/megaapi/journal", limit=limit))
+
+
 def health(control_url: str) -> JSON:
     """Whether it is alive, and its channels."""
     return _call("GET", control_url, "/health")
+
+
+def _with_query(path: str, **asked: Any) -> str:
+    query = httpx.QueryParams({key: value for key, value in asked.items() if value is not None})
+    return f"{path}?{query}"
 
 
 def _call(method: str, control_url: str, path: str, **body: Any) -> JSON:

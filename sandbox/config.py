@@ -1,4 +1,4 @@
-"""Which apps and channels the sandbox plays Meta for, read from a JSON file.
+"""Which apps, channels and instances the sandbox plays Meta and MegaAPI for, read from a JSON file.
 
     {"apps": [{"url": "http://127.0.0.1:8000/webhooks/whatsapp", "app_secret": "…", "verify_token": "…",
                "channels": [{"name": "demo-meta", "phone_number_id": "…", "waba_id": "…",
@@ -6,7 +6,13 @@
                              "templates": [{"name": "…", "language": "…", "status": "…", "category": "…"}]}]}]}
 
 A channel's name is unique in the file. What may be left out: `display_phone_number`; `access_token` (then any bearer
-will do to send); `templates` (then any template exists), and their status and category.
+will do to send); `templates` (then any template exists), and their status and category. Beside `apps`, or instead:
+
+    "megaapi": {"host_token": "…", "instances": [{"name": "demo-megaapi", "instance_key": "…", "token": "…",
+                "status": "connected", "number": "5511955550200", "webhook_url": "…"}]}
+
+Names and keys of instances are unique in the file. What may be left out: `host_token` (then the list is for nobody),
+`status` (any word), `number`, and `webhook_url` until it is set through the API.
 """
 
 from dataclasses import dataclass, field
@@ -51,8 +57,27 @@ class App(msgspec.Struct, frozen=True):
     channels: tuple[Channel, ...]
 
 
+class MegaInstance(msgspec.Struct, frozen=True):
+    """One number at MegaAPI; `status` is the one at the start."""
+
+    name: str
+    instance_key: str
+    token: str
+    status: str = "connected"
+    number: str = "5511955550200"
+    webhook_url: str | None = None
+
+
+class MegaHost(msgspec.Struct, frozen=True):
+    """One MegaAPI server; `host_token` is good for all its instances."""
+
+    host_token: str | None = None
+    instances: tuple[MegaInstance, ...] = ()
+
+
 class Config(msgspec.Struct, frozen=True):
-    apps: tuple[App, ...]
+    apps: tuple[App, ...] = ()
+    megaapi: MegaHost = MegaHost()
 
     def by_channel(self) -> dict[str, tuple[App, Channel]]:
         return {channel.name: (app, channel) for app in self.apps for channel in app.channels}
@@ -91,10 +116,21 @@ def _parse(raw: bytes) -> Config:
         if names.count(name) > 1:
             raise ConfigError(f"channel {name!r} is listed twice")
     for i, app in enumerate(config.apps):
-        try:
-            url = httpx.URL(app.url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"apps[{i}].url: {error}") from error
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"apps[{i}].url is not an http(s) address")
+        _check_url(app.url, f"apps[{i}].url")
+    instances = config.megaapi.instances
+    for what, names in (("name", [one.name for one in instances]), ("key", [one.instance_key for one in instances])):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"megaapi.instances: a {what} is listed twice")
+    for i, instance in enumerate(instances):
+        if instance.webhook_url is not None:
+            _check_url(instance.webhook_url, f"megaapi.instances[{i}].webhook_url")
     return config
+
+
+def _check_url(given: str, where: str) -> None:
+    try:
+        url = httpx.URL(given)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"{where} is not an http(s) address")

@@ -11,7 +11,7 @@ import itertools
 import time
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -24,49 +24,79 @@ BEFORE = frozenset({"code", "hang_before", "reset_before", "garbage_before", "ht
 """Kinds that keep a call from being accepted."""
 
 
-class SetFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A fault as it is asked for.
+class AnyFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A fault of any provider, as it is asked for.
 
-    kind         a key of `sandbox.kinds.KINDS`
-    channel      only this channel; else all
-    to           only this recipient: digits with or without a plus, or a BSUID; of media, only this media id
+    to           only this recipient
     share, seed  the share of the fitting calls that meet it, drawn with this seed
     count        ends after so many calls
     seconds      ends after this time
-    code, subcode, http, details   of a `code`; code also of a `failed_status`, http also of a page or a status
+    http         the status of what is answered instead
     ms           of a `latency`, and between the pieces of a `drip`
-    bytes        of a `download_…`: how many come, or are claimed, before it goes wrong
-    location     where a redirect, or the URL of a `resolve_elsewhere`, leads
+    bytes        how many come, or are claimed, before it goes wrong
+    location     where a redirect leads
     retry_after  seconds, a header of what is refused
     """
 
     kind: str
-    channel: str | None = None
     to: Annotated[str, Meta(min_length=1, max_length=140)] | None = None
     share: Share = 1.0
     seed: int = 0
     count: Annotated[int, Meta(ge=1)] | None = None
     seconds: Annotated[float, Meta(gt=0, le=86_400)] | None = None
-    code: Annotated[int, Meta(ge=0)] | None = None
-    subcode: int | None = None
     http: Annotated[int, Meta(ge=200, le=599)] | None = None
-    details: Annotated[str, Meta(max_length=10_000)] | None = None
     ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 100
     bytes: Annotated[int, Meta(ge=0, le=2**40)] | None = None
     location: Annotated[str, Meta(min_length=1, max_length=2_000, pattern=r"^[!-~]+$")] | None = None
     retry_after: Annotated[int, Meta(ge=0)] | None = None
 
+    @property
+    def only(self) -> str | None:
+        """The one channel it concerns."""
+        raise NotImplementedError
+
+    def is_at(self, at: str) -> bool:
+        """Whether calls of this place can meet it."""
+        raise NotImplementedError
+
+
+class SetFault(AnyFault, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One of Meta's.
+
+    kind         a key of `sandbox.kinds.KINDS`
+    channel      only this channel; else all
+    to           digits with or without a plus, or a BSUID; of media, a media id
+    code, subcode, http, details   of a `code`; code also of a `failed_status`, http also of a page or a status
+    bytes        of a `download_…`
+    location     also the URL of a `resolve_elsewhere`
+    """
+
+    channel: str | None = None
+    code: Annotated[int, Meta(ge=0)] | None = None
+    subcode: int | None = None
+    details: Annotated[str, Meta(max_length=10_000)] | None = None
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"there is no fault {self.kind!r}; there are {', '.join(KINDS)}")
 
+    @property
+    def only(self) -> str | None:
+        return self.channel
+
+    def is_at(self, at: str) -> bool:
+        return self.kind == "outage" or place(self.kind) == at
+
+
+F = TypeVar("F", bound=AnyFault)
+
 
 @dataclass
-class Fault:
+class Fault(Generic[F]):
     """One that is set, and how often it was met."""
 
     id: int
-    asked: SetFault
+    asked: F
     ends_at: float | None  # on the monotonic clock
     rng: Random
     met: int = 0
@@ -78,12 +108,9 @@ class Fault:
             self.ends_at is not None and time.monotonic() >= self.ends_at
         )
 
-    def is_at(self, at: str) -> bool:
-        return self.asked.kind == "outage" or place(self.asked.kind) == at
-
     def fits(self, channel: str | None, to: str | None) -> bool:
         asked = self.asked
-        return asked.channel in (None, channel) and (
+        return asked.only in (None, channel) and (
             asked.to is None or (to is not None and asked.to.lstrip("+") == to.lstrip("+"))
         )
 
@@ -95,24 +122,24 @@ class Fault:
         return True
 
 
-class Met(NamedTuple):
+class AnyMet(NamedTuple, Generic[F]):
     """What awaits one call."""
 
-    fault: SetFault | None
+    fault: F | None
     latency: float  # seconds
 
 
-NOTHING = Met(None, 0.0)
+Met = AnyMet[SetFault]
 
 
-class Faults:
+class FaultList(Generic[F]):
     """Those that are set, in their order."""
 
     def __init__(self) -> None:
-        self._faults: list[Fault] = []
+        self._faults: list[Fault[F]] = []
         self._ids = itertools.count(1)
 
-    def set(self, asked: SetFault) -> Fault:
+    def set(self, asked: F) -> Fault[F]:
         ends_at = None if asked.seconds is None else time.monotonic() + asked.seconds
         fault = Fault(next(self._ids), asked, ends_at, Random(asked.seed))  # noqa: S311 - test data
         self._faults.append(fault)
@@ -121,22 +148,22 @@ class Faults:
     def clear(self) -> None:
         self._faults.clear()
 
-    def meet(self, channel: str | None, to: str | None, *, at: str = "send", only: str | None = None) -> Met:
+    def meet(self, channel: str | None, to: str | None, *, at: str = "send", only: str | None = None) -> AnyMet[F]:
         """What the next call to this recipient of this channel meets; `only` asks for no other kind.
 
         `at` is the place (`sandbox.kinds.place`), and the recipient there a media id.
         """
         if not self._faults:
-            return NOTHING
+            return AnyMet(None, 0.0)
         self._forget()
-        first: SetFault | None = None
+        first: F | None = None
         latency = 0.0
         for fault in self._faults:
             asked = fault.asked
             is_latency = asked.kind.endswith("latency")
             if only not in (None, asked.kind) or (first is not None and not is_latency):
                 continue
-            if fault.is_at(at) and fault.fits(channel, to) and fault.meets():
+            if asked.is_at(at) and fault.fits(channel, to) and fault.meets():
                 if is_latency:
                     latency += asked.ms / 1000
                 else:
@@ -149,3 +176,7 @@ class Faults:
 
     def _forget(self) -> None:
         self._faults = [fault for fault in self._faults if not fault.is_over]
+
+
+class Faults(FaultList[SetFault]):
+    """Meta's."""

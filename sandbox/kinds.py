@@ -79,3 +79,67 @@ def place(kind: str) -> str:
     """resolve, download, upload or send."""
     before, _, _ = kind.partition("_")
     return before if before in ("resolve", "download", "upload") else "send"
+
+
+MEGAAPI_PLACES = ("status", "list", "send", "read", "media", "webhook", "session", "qr", "number")
+"""What MegaAPI is asked for; `session` is a restart or a logout."""
+
+MEGAAPI_ANYWHERE = {
+    "latency": "every answer comes --ms later (100); goes together with another fault",
+    "hang_before": "not done, and never answered",
+    "hang_after": "done, and never answered",
+    "reset_before": "not done; the connection is reset",
+    "reset_after": "done; the connection is reset before an answer",
+    "html403": "not done; Cloudflare's page of HTML with status 403",
+    "html502": "not done; a page of HTML with status --http (502)",
+    "html502_after": "done; a page of HTML with status --http (502)",
+    "error_true": "not done; status 200 with `error: true` and --message",
+    "http400": "not done; 400 in JSON",
+    "http401": "not done; 401 in JSON",
+    "http403": "not done; 403 in JSON",
+    "http404": "not done; 404 in JSON",
+    "http429": "not done; 429 in JSON, with --retry-after",
+    "http500": "not done; 500 in JSON",
+    "garbage": "done; the answer is half a JSON text",
+    "empty": "done; the answer is empty",
+    "huge": "done; the answer has two megabytes more",
+    "drip": "done; the answer comes byte by byte, one each --ms (100)",
+    "redirect": "not done; the answer leads to --location",
+    "outage": "not done; 503 with a page of HTML",
+}
+
+MEGAAPI_STATUS = {
+    "missing_status": "an instance without its status",
+    "unknown_word": "a status that is --word (syncing)",
+}
+
+MEGAAPI_MEDIA = {
+    "bad_base64": "a character in the middle that is none of base64",
+    "truncated": "the second half of the file is missing",
+    "close": "the connection ends after half of the answer, or --bytes of it",
+    "stall": "after half of the answer, or --bytes of it, nothing more comes",
+    "wrong_hash": "one bit of the file is another",
+    "wrong_mime": "the file is said to be text/html",
+    "no_prefix": "base64 without `data:…;base64,` before it",
+    "huge_base64": "no Content-Length, and after the file --bytes (1 GiB) more of base64",
+    "slashes": "each slash is written as \\/",
+}
+
+MEGAAPI_KINDS = {
+    **MEGAAPI_ANYWHERE,
+    **MEGAAPI_STATUS,
+    "missing_instance": "the status of no instance at all",
+    "absent": "an instance is missing in the list",
+    **MEGAAPI_MEDIA,
+}
+
+
+def megaapi_fits(kind: str, at: str) -> bool:
+    """Whether a fault of MegaAPI's can be met at this place; `entry` is one of the list."""
+    if kind in MEGAAPI_STATUS:
+        return at in ("status", "entry")
+    if kind in MEGAAPI_MEDIA:
+        return at == "media"
+    if kind in ("missing_instance", "absent"):
+        return at == ("status" if kind == "missing_instance" else "entry")
+    return at != "entry" and (kind, at) != ("huge", "media")  # that is `huge_base64`

@@ -59,22 +59,7 @@ def faults(given: Namespace) -> int:
         names = ("channel", "to", "share", "count", "seconds", "code", "subcode", "http", "ms", "bytes", "location")
         more = {name: getattr(given, name) for name in names}
         _asked(lambda url: client.faults(url, given.kind, **more), given)
-    found = _asked(client.faults, given)["faults"]
-    if given.json:
-        as_json(found)
-        return 0
-    rows: list[dict[str, object]] = [
-        {
-            "id": fault["id"],
-            "kind": fault["kind"],
-            "channel": fault.get("channel", "all"),
-            "met": fault["met"],
-            "more": " ".join(f"{k}={v}" for k, v in fault.items() if k not in ("id", "kind", "channel", "met")),
-        }
-        for fault in found
-    ]
-    table(rows, empty="nothing is set to go wrong")
-    return 0
+    return _faults_told(_asked(client.faults, given)["faults"], given)
 
 
 def rules(given: Namespace) -> int:
@@ -132,6 +117,107 @@ def media(given: Namespace) -> int:
         return 0
     columns = ("n", "kind", "id", "channel", "authorization", "http", "code", "bytes", "whole", "fault")
     table([{column: event[column] for column in columns} for event in found], empty="nothing was asked")
+    return 0
+
+
+# MegaAPI
+
+
+def mega_say(given: Namespace) -> int:
+    """A message from a demo customer; prints its id, so that `pombal trace` finds it."""
+    from sandbox import client
+
+    more = {"group": given.group, "from_me": given.from_me or None}
+    answer = _asked(
+        lambda url: client.mega_say(url, given.instance, given.text, kind=given.kind, from_=given.from_, **more), given
+    )
+    return _delivered(" ".join(answer["ids"]), answer)
+
+
+def mega_connection(given: Namespace) -> int:
+    """Change a status, and let the webhook tell of it."""
+    from sandbox import client
+
+    if given.silent:
+        _asked(lambda url: client.mega_status(url, given.status, [given.instance]), given)
+        tell(f"{given.instance} is {given.status}")
+        return 0
+    word = f"phone_{given.status}"
+    answer = _asked(lambda url: client.mega_connection(url, given.instance, word, status=given.status), given)
+    return _delivered(f"{given.instance} is {given.status}", answer)
+
+
+def mega_instances(given: Namespace) -> int:
+    """All of them."""
+    from sandbox import client
+
+    found = _asked(client.mega_instances, given)["instances"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("name", "instance_key", "status", "number", "webhook_enabled")
+    rows = [{column: one[column] for column in columns} | {"webhook": bool(one["webhook_url"])} for one in found]
+    table(rows, empty="there is no instance")
+    return 0
+
+
+def mega_calls(given: Namespace) -> int:
+    """The latest ones, newest last."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.mega_clear_calls, given)
+    if given.summary:
+        as_json(_asked(client.mega_summary, given))
+        return 0
+    only = {"limit": given.limit, "place": given.place, "instance": given.instance}
+    found = _asked(lambda url: client.mega_calls(url, **only), given)["calls"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("n", "place", "instance", "to", "type", "outcome", "reason", "http", "answered", "fault", "id")
+    table([{column: call[column] for column in columns} for call in found], empty="nothing was asked")
+    return 0
+
+
+def mega_faults(given: Namespace) -> int:
+    """Set one, or list them."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.mega_clear_faults, given)
+    if given.kind:
+        names = ("place", "instance", "to", "share", "count", "seconds", "http", "ms", "bytes", "word", "message")
+        more = {name: getattr(given, name) for name in (*names, "retry_after", "location")}
+        _asked(lambda url: client.mega_faults(url, given.kind, **more), given)
+    return _faults_told(_asked(client.mega_faults, given)["faults"], given)
+
+
+def _delivered(told: str, answer: dict[str, Any]) -> int:
+    if answer["delivery"] is None:
+        tell(f"{told}  no webhook is set")
+        return 1
+    tell(f"{told}  answered {answer['status']}")
+    return 0 if answer["accepted"] else 1
+
+
+def _faults_told(found: list[dict[str, Any]], given: Namespace) -> int:
+    if given.json:
+        as_json(found)
+        return 0
+    rows: list[dict[str, object]] = [
+        {
+            "id": fault["id"],
+            "kind": fault["kind"],
+            "channel": fault.get("channel") or fault.get("instance") or "all",
+            "met": fault["met"],
+            "more": " ".join(
+                f"{k}={v}" for k, v in fault.items() if k not in ("id", "kind", "channel", "instance", "met")
+            ),
+        }
+        for fault in found
+    ]
+    table(rows, empty="nothing is set to go wrong")
     return 0
 
 
