@@ -1,5 +1,5 @@
-"""The systems outside: wire format in, plain values out. `connect` picks the client for a channel, `source` the way to
-a file of one."""
+"""The systems outside: wire format in, plain values out. `connect` picks the client for a channel, `instance` the one
+for its session, `source` the way to a file of one."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -8,15 +8,20 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pombal.errors import Permanent
+from pombal.errors import Permanent, Rejected
 from pombal.settings import settings
 from providers import guard
 from providers.graph import GraphSender
 from providers.graph_media import GraphMedia
 from providers.http import Clients
+from providers.instance import Instance
 from providers.link import Link
 from providers.media import Source
+from providers.megaapi import MegaApi, normal_host
+from providers.megaapi_media import MegaMedia
+from providers.megaapi_send import MegaSender
 from providers.outbound import Sender
+from providers.stub import Stub, StubSender
 
 
 def connect(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Mapping[str, Any]) -> Sender:
@@ -26,7 +31,20 @@ def connect(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Map
         base_url, version = settings().require_graph()
         number, token = config["phone_number_id"], secrets.get("access_token", "")
         return GraphSender(clients, base_url, version, number=number, token=token)
+    if kind == "megaapi":
+        return MegaSender(clients, *_gateway(config, secrets))
+    if kind == "stub":
+        return StubSender()
     raise Permanent(f"nothing can be sent through a channel of kind {kind}")
+
+
+def instance(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Mapping[str, Any]) -> Instance:
+    """The instance behind a channel of this kind. Raises `Permanent` for a kind that has none."""
+    if kind == "megaapi":
+        return MegaApi(clients, *_gateway(config, secrets))
+    if kind == "stub":
+        return Stub()
+    raise Permanent(f"a channel of kind {kind} has no instance")
 
 
 def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], file: Mapping[str, Any]) -> Source:
@@ -46,7 +64,26 @@ def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], fil
             hosts=settings().meta_media_hosts(),
             sha256=file["sha256"],
         )
+    if kind == "megaapi" and file["keys"] is not None:
+        return MegaMedia(_guarded(), *_gateway(config, secrets), file["keys"], sha256=file["sha256"])
     raise Permanent(f"a channel of kind {kind} has no files")
+
+
+def _gateway(config: Mapping[str, Any], secrets: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Host, key and token of an instance. The operator's stand in for what a channel does not have, but the operator's
+    token goes to the operator's host alone."""
+    own = settings().mega_api_host
+    host, token = config.get("host") or own, secrets.get("token") or ""
+    if not token and host and own and _is_same(host, own):
+        token = settings().mega_api_token
+    return host, config.get("instance_key", ""), token
+
+
+def _is_same(host: str, other: str) -> bool:
+    try:
+        return normal_host(host) == normal_host(other)
+    except Rejected:
+        return False
 
 
 @cache

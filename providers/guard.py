@@ -7,15 +7,21 @@ in `Host` and in TLS. So neither a DNS answer that changes nor a redirect leads 
 
 `within(seconds)` bounds all that a thread does on such clients, together: connecting, TLS, every read and write. The
 one thing it cannot interrupt is the system's resolver (`getaddrinfo`): time lost there is noticed when it answers.
+
+`transport()` makes the same checks for a client of an event loop; names are looked up in threads there (`Lookup`), so
+that no resolver holds up the loop.
 """
 
+import asyncio
 import math
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -23,8 +29,6 @@ from typing import Any
 
 import httpcore
 import httpx
-
-from providers import http
 
 Network = IPv4Network | IPv6Network
 Resolver = Callable[[str], Sequence[str]]  # a host's name → its addresses
@@ -38,6 +42,7 @@ _KEEP_ALIVE = 20.0  # seconds; servers close an idle one sooner or later, and th
 _READ, _READ_MORE, _AFTER = 64 * 1024, 512 * 1024, 2 * 1024 * 1024
 _RECORD = 16 * 1024
 _PORTS = {"https": 443, "http": 80}
+_LOOKUPS = 16  # names that one `Lookup` asks for at a time
 
 # The special blocks of IANA's registries. `is_global` is asked too, but lets most of those below through (X14), and
 # its list differs from one Python to the next.
@@ -79,16 +84,38 @@ def client(
     `is_free_inside` they do not hold in `allowed` networks, where plain http and odd ports are usual.
     Redirects are not followed, no proxy of the environment is used, and no cookie is kept.
     """
-    context = verify or http.ssl_context()
     backend = _Backend(allowed=allowed if guarded else None, resolve=resolve or addresses_of)
+    rules = _Rules(ports, schemes, is_free_inside)
     return httpx.Client(
-        transport=_Transport(backend, context, ports=ports, schemes=schemes, is_free_inside=is_free_inside),
+        transport=_Transport(backend, verify or ssl_context(), rules),
         timeout=httpx.Timeout(_STALL, connect=_CONNECT),
         headers={"Accept-Encoding": "identity", "User-Agent": "pombal"},
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        cookies=no_cookies(),
         follow_redirects=False,
         trust_env=False,
     )
+
+
+def transport(
+    lookup: "Lookup", *, allowed: Collection[Network], verify: ssl.SSLContext | None = None
+) -> httpx.AsyncBaseTransport:
+    """For an `httpx.AsyncClient` that may be led anywhere by others: its calls raise `BlockedAddress` too.
+
+    As a guarded `client()` with `is_free_inside`: https and its port to public addresses, and whatever is asked for in
+    `allowed` networks. A call's own deadline is its caller's affair.
+    """
+    rules = _Rules((_PORTS["https"],), ("https",), is_free_inside=True)
+    return _AsyncTransport(_AsyncBackend(allowed, lookup), verify or ssl_context(), rules)
+
+
+def ssl_context() -> ssl.SSLContext:
+    """Certificates are verified, always. Made once and shared: it takes some 10 ms."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def no_cookies() -> CookieJar:
+    """A jar that stays empty: one client serves many tenants, and what one host sets is no other's business."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
 
 
 @contextmanager
@@ -117,18 +144,59 @@ def addresses_of(host: str) -> list[str]:
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 
+class _Sight:
+    """Which addresses may be seen: public ones and `allowed` networks, or all when that is None."""
+
+    def __init__(self, allowed: Collection[Network] | None) -> None:
+        self._allowed = allowed
+
+    def checked(self, found: Iterable[str]) -> list[IPv4Address | IPv6Address]:
+        """All addresses of a name, to connect to. Raises `BlockedAddress` when one of them may not be seen."""
+        addresses = [ip_address(address) for address in found]
+        if not all(self._may_see(address) for address in addresses):
+            raise BlockedAddress("an address that is not public")
+        return addresses
+
+    def is_inside(self, found: Sequence[str]) -> bool:
+        """Whether all of them are in `allowed` networks."""
+        addresses = [ip_address(address) for address in found]
+        return bool(addresses) and all(any(a in network for network in self._allowed or ()) for a in addresses)
+
+    def _may_see(self, address: IPv4Address | IPv6Address) -> bool:
+        return self._allowed is None or is_public(address) or any(address in network for network in self._allowed)
+
+
+class _Rules:
+    """What a URL may show by itself."""
+
+    def __init__(self, ports: Collection[int] | None, schemes: Collection[str], is_free_inside: bool) -> None:
+        self._ports, self._schemes, self._is_free_inside = ports, schemes, is_free_inside
+
+    def breach(self, url: httpx.URL) -> str | None:
+        """What is wrong with it unless its host is inside. Raises `BlockedAddress` for what is wrong anywhere.
+
+        The address that is connected to later is checked again, and may be a public one by then: no harm is done.
+        """
+        if url.scheme not in _PORTS:
+            raise BlockedAddress("a scheme that is not allowed")
+        if url.userinfo:
+            raise BlockedAddress("a user name in the address")
+        if not url.host or url.host.endswith("."):
+            raise BlockedAddress("not a host's usual name")
+        why = None
+        if url.scheme not in self._schemes:
+            why = "a scheme that is not allowed"
+        elif self._ports is not None and (_PORTS[url.scheme] if url.port is None else url.port) not in self._ports:
+            why = "a port that is not allowed"
+        if why and not self._is_free_inside:
+            raise BlockedAddress(why)
+        return why
+
+
 class _Transport(httpx.HTTPTransport):
     """Checks what a URL shows by itself, and has its connections made by our backend."""
 
-    def __init__(
-        self,
-        backend: "_Backend",
-        context: ssl.SSLContext,
-        *,
-        ports: Collection[int] | None,
-        schemes: Collection[str],
-        is_free_inside: bool,
-    ) -> None:
+    def __init__(self, backend: "_Backend", context: ssl.SSLContext, rules: _Rules) -> None:
         super().__init__(verify=context, trust_env=False)
         # httpx has no parameter for this. It is pinned in pyproject.toml, and must not leave us unguarded in silence.
         if not isinstance(getattr(self, "_pool", None), httpcore.ConnectionPool):
@@ -140,31 +208,20 @@ class _Transport(httpx.HTTPTransport):
             keepalive_expiry=_KEEP_ALIVE,
             network_backend=backend,
         )
-        self._backend, self._ports, self._schemes, self._is_free_inside = backend, ports, schemes, is_free_inside
+        self._backend, self._rules = backend, rules
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        if url.scheme not in _PORTS:
-            raise BlockedAddress("a scheme that is not allowed")
-        if url.userinfo:
-            raise BlockedAddress("a user name in the address")
-        if not url.host or url.host.endswith("."):
-            raise BlockedAddress("not a host's usual name")
-        # The address that is connected to later is checked again, and may be a public one by then: no harm is done.
-        if not (self._is_free_inside and self._backend.is_inside(url.host)):
-            if url.scheme not in self._schemes:
-                raise BlockedAddress("a scheme that is not allowed")
-            port = _PORTS.get(url.scheme) if url.port is None else url.port
-            if self._ports is not None and port not in self._ports:
-                raise BlockedAddress("a port that is not allowed")
+        why = self._rules.breach(request.url)
+        if why and not self._backend.is_inside(request.url.host):
+            raise BlockedAddress(why)
         return super().handle_request(request)
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Makes connections: to public addresses and `allowed` networks, or to all when that is None."""
+    """Makes connections, to checked addresses alone."""
 
     def __init__(self, *, allowed: Collection[Network] | None, resolve: Resolver) -> None:
-        self._allowed, self._resolve = allowed, resolve
+        self._sight, self._resolve = _Sight(allowed), resolve
 
     def connect_tcp(
         self,
@@ -175,11 +232,9 @@ class _Backend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         try:
-            addresses = [ip_address(address) for address in self._resolve(host)]
+            addresses = self._sight.checked(self._resolve(host))
         except (OSError, ValueError) as error:  # ValueError: not a name at all
             raise httpcore.ConnectError(type(error).__name__) from error
-        if not all(self._may_see(address) for address in addresses):
-            raise BlockedAddress("an address that is not public")
         failure: Exception = httpcore.ConnectError("no address")
         for address in addresses:
             try:
@@ -191,12 +246,10 @@ class _Backend(httpcore.NetworkBackend):
         raise failure
 
     def is_inside(self, host: str) -> bool:
-        """Whether all its addresses are in `allowed` networks."""
         try:
-            addresses = [ip_address(address) for address in self._resolve(host)]
+            return self._sight.is_inside(self._resolve(host))
         except (OSError, ValueError):
             return False
-        return bool(addresses) and all(any(a in network for network in self._allowed or ()) for a in addresses)
 
     def connect_unix_socket(
         self,
@@ -206,8 +259,118 @@ class _Backend(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         raise BlockedAddress("a socket of this machine")
 
-    def _may_see(self, address: IPv4Address | IPv6Address) -> bool:
-        return self._allowed is None or is_public(address) or any(address in network for network in self._allowed)
+
+class Lookup:
+    """Names looked up in threads of its own: one that takes forever keeps no others waiting, and is asked for once
+    however many wait for it. May be shared by all clients of a process."""
+
+    def __init__(self, resolve: Resolver | None = None) -> None:
+        self._resolve = resolve or addresses_of
+        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="lookup")
+        self._lock = threading.Lock()
+        self._under_way: dict[str, Future[Sequence[str]]] = {}
+
+    async def addresses(self, host: str, seconds: float) -> Sequence[str]:
+        """As `Resolver`. Raises `TimeoutError` when there is no answer in time, beside the resolver's own errors."""
+        with suppress(ValueError):
+            return [str(ip_address(host))]  # nothing to look up
+        with self._lock:
+            future = self._under_way.get(host)
+            is_first = future is None
+            if future is None:
+                future = self._under_way[host] = self._threads.submit(self._resolve, host)
+        if is_first:
+            future.add_done_callback(lambda done: self._forget(host, done))
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(asyncio.wrap_future(future))
+
+    def _forget(self, host: str, done: "Future[Sequence[str]]") -> None:
+        with self._lock:
+            if self._under_way.get(host) is done:
+                del self._under_way[host]
+
+    def close(self) -> None:
+        """Wait for nothing that is still being looked up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _AsyncTransport(httpx.AsyncHTTPTransport):
+    """As `_Transport`, of an event loop."""
+
+    def __init__(self, backend: "_AsyncBackend", context: ssl.SSLContext, rules: _Rules) -> None:
+        super().__init__(verify=context, trust_env=False)
+        if not isinstance(getattr(self, "_pool", None), httpcore.AsyncConnectionPool):
+            raise RuntimeError("this httpx keeps its connections in another place: nothing would be guarded")
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context,
+            max_connections=None,
+            max_keepalive_connections=None,
+            keepalive_expiry=_KEEP_ALIVE,
+            network_backend=backend,
+        )
+        self._backend, self._rules = backend, rules
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        why = self._rules.breach(request.url)
+        if why:
+            seconds = request.extensions.get("timeout", {}).get("connect") or _CONNECT
+            if not await self._backend.is_inside(request.url.host, seconds):
+                raise BlockedAddress(why)
+        return await super().handle_async_request(request)
+
+
+class _AsyncBackend(httpcore.AsyncNetworkBackend):
+    """As `_Backend`, of an event loop. The time for connecting is shared by the name and all its addresses: whoever
+    waits for longer could no longer tell that nothing has left."""
+
+    def __init__(self, allowed: Collection[Network], lookup: Lookup) -> None:
+        self._sight, self._lookup = _Sight(allowed), lookup
+        self._plain = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's own
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        ends_at = time.monotonic() + (_CONNECT if timeout is None else timeout)
+        try:
+            addresses = self._sight.checked(await self._lookup.addresses(host, ends_at - time.monotonic()))
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(type(error).__name__) from error
+        except (OSError, ValueError) as error:  # ValueError: not a name at all
+            raise httpcore.ConnectError(type(error).__name__) from error
+        failure: Exception = httpcore.ConnectError("no address")
+        for n, address in enumerate(addresses):
+            share = max(ends_at - time.monotonic(), 0.0) / (len(addresses) - n)
+            try:
+                return await self._plain.connect_tcp(str(address), port, timeout=share)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = type(error)(type(error).__name__)  # its text names the address
+            except OverflowError as error:
+                failure = httpcore.ConnectError(type(error).__name__)
+        raise failure
+
+    async def is_inside(self, host: str, seconds: float) -> bool:
+        try:
+            return self._sight.is_inside(await self._lookup.addresses(host, seconds))
+        except TimeoutError as error:
+            raise httpx.ConnectTimeout(type(error).__name__) from error
+        except (OSError, ValueError):
+            return False
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's own
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        raise BlockedAddress("a socket of this machine")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 def _connected(address: IPv4Address | IPv6Address, port: int, timeout: float | None) -> socket.socket:

@@ -8,9 +8,8 @@ is kept: a new message type as a message, a new field as a notice (B5).
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
@@ -29,20 +28,25 @@ from providers.inbound import (
     Status,
     TemplateStatus,
 )
+from providers.values import (
+    MAX_ERROR,
+    MAX_NAME,
+    MAX_STATUS,
+    MAX_TYPE,
+    decode,
+    id_of,
+    object_of,
+    required_id,
+    status_word,
+    storable,
+    text_of,
+    time_of,
+    word_of,
+)
 
 _OBJECT = "whatsapp_business_account"
 
-_MAX_ID = 512
-_MAX_TYPE = 64
-_MAX_STATUS = 32
 _MAX_CALLBACK_DATA = 512
-_MAX_ERROR = 1_000
-_MAX_NAME = 512
-_MAX_DEPTH = 64
-_MAX_INTEGER = 10**308  # msgspec reads integers of 4300 digits; beyond a double, other JSON readers give up
-
-_MILLISECONDS = 10**12  # in seconds this is the year 33658
-_LAST_SECOND = 253_370_764_799  # the end of year 9998: a day or a week later is a date as well
 
 _BY_NUMBER = frozenset({"messages", "smb_message_echoes"})
 _MEDIA = frozenset({"image", "video", "audio", "voice", "document", "sticker"})  # `voice`: old gateways
@@ -57,7 +61,7 @@ _HEAD = {
 
 def parse(raw: bytes, received_at: datetime) -> Parsed:
     """Everything that a body says, in its order. Raises Rejected, and nothing else, when it says nothing readable."""
-    body = _decode(raw)
+    body = decode(raw)
     if type(body) is not dict:
         raise Rejected("not an object")
     name = body.get("object")
@@ -70,60 +74,6 @@ def parse(raw: bytes, received_at: datetime) -> Parsed:
     reader = _Reader(received_at)
     reader.each("$.entry", body["entry"], reader.entry)
     return Parsed(reader.changes, reader.rejects)
-
-
-# -- bytes to JSON ---------------------------------------------------------------------------------------------------
-
-# One escape, read from its backslash so that `\\u0000` (a backslash, then text) is never mistaken for one. Group 1
-# catches what PostgreSQL cannot store: a NUL, or a surrogate that is not half of the pair the first branch takes.
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2}))|.)",
-    re.DOTALL,
-)
-
-
-def _decode(raw: bytes) -> Any:
-    """The body as plain JSON values, without NUL or lone surrogates (B3); a body is repaired only when it must be."""
-    if b"\\u0000" in raw:
-        return _load(_repair(raw))
-    try:
-        return _load(raw)
-    except Rejected:
-        # msgspec refuses lone surrogates, but with no error of their own.
-        if b"\\u" not in raw:
-            raise
-        return _load(_repair(raw))
-
-
-def _repair(raw: bytes) -> bytes:
-    return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], raw)
-
-
-def _load(raw: bytes) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except UnicodeDecodeError:
-        raise Rejected("not UTF-8") from None
-    except RecursionError:
-        raise Rejected("nested too deeply") from None
-    except msgspec.ValidationError:  # the only rule left without a type to validate: 1e999, 100,000 digits
-        raise Rejected("number out of range") from None
-    except ValueError:
-        raise Rejected("not JSON") from None
-
-
-def _storable(value: Any, levels: int = _MAX_DEPTH) -> None:
-    """Raise when jsonb, or whoever reads it later, could not take this value."""
-    kind = type(value)
-    if kind is int:
-        if not -_MAX_INTEGER <= value <= _MAX_INTEGER:
-            raise Rejected("number out of range")
-    elif kind is dict or kind is list:
-        if not levels:
-            raise Rejected("nested too deeply")
-        for inner in value.values() if kind is dict else value:
-            if type(inner) is not str:
-                _storable(inner, levels - 1)
 
 
 # -- entries and changes ---------------------------------------------------------------------------------------------
@@ -184,20 +134,20 @@ class _Reader:
 
     def entry(self, path: str, entry: dict[str, Any]) -> None:
         time = entry.get("time")
-        origin = _Origin(_id(entry, "id"), time if type(time) in (str, int) else None)
+        origin = _Origin(id_of(entry, "id"), time if type(time) in (str, int) else None)
         changes = entry.get("changes")
         if changes is None:
             raise Rejected("no changes list")
         self.each(f"{path}.changes", changes, lambda here, change: self.change(here, change, origin))
 
     def change(self, path: str, change: dict[str, Any], origin: _Origin) -> None:
-        field = _word(change, "field")
+        field = word_of(change, "field")
         value = change.get("value")
         if type(value) is not dict:
             self.rejects.append(Reject(f"{path}.value", "not an object"))
             return
         metadata = value.get("metadata")
-        number = _id(metadata, "phone_number_id") if type(metadata) is dict else None
+        number = id_of(metadata, "phone_number_id") if type(metadata) is dict else None
         if number is None and field in _BY_NUMBER:
             raise Rejected("no phone_number_id")
         if number is None and origin.waba is None:
@@ -281,23 +231,23 @@ class _Reader:
 
     def notice(self, path: str, field: str, value: dict[str, Any], origin: _Origin) -> Notice:
         """Kept raw. Its digest is our deduplication key, for Meta gives these no id of their own (§4)."""
-        _storable(value)
+        storable(value)
         canonical = msgspec.json.encode([origin.waba, origin.time, field, value], order="deterministic")
         return Notice(path, field, value, hashlib.sha256(canonical).digest(), self.at(origin))
 
     def at(self, origin: _Origin) -> datetime:
-        return _time(origin.time) or self.received_at
+        return time_of(origin.time) or self.received_at
 
 
 def _template_status(path: str, value: dict[str, Any], at: datetime) -> TemplateStatus:
-    reason = _text(value, "reason", _MAX_ERROR)
+    reason = text_of(value, "reason", MAX_ERROR)
     return TemplateStatus(
         path=path,
-        name=_required_id(value, "message_template_name"),
-        language=_required_id(value, "message_template_language"),
-        status=_status_word(value, "event"),
+        name=required_id(value, "message_template_name"),
+        language=required_id(value, "message_template_language"),
+        status=status_word(value, "event"),
         at=at,
-        category=_text(value, "message_template_category", _MAX_TYPE),
+        category=text_of(value, "message_template_category", MAX_TYPE),
         reason=None if reason == "NONE" else reason,
     )
 
@@ -310,16 +260,16 @@ def _message(
 ) -> Message:
     """One message of any type, known to us or not. Its body is all of the element that has no other place (§6)."""
     other = "from" if direction == "in" else "to"
-    provider_id = _required_id(element, "id")
-    kind = "unknown" if element.get("type") is None else _word(element, "type")
+    provider_id = required_id(element, "id")
+    kind = "unknown" if element.get("type") is None else word_of(element, "type")
     person, parent = _person(element, contacts, other)
-    group = _id(element, "group_id")
+    group = id_of(element, "group_id")
     head = _HEAD[other]
     body = {key: value for key, value in element.items() if key not in head}
-    _storable(body)
+    storable(body)
     if parent is not None:
         body.setdefault(f"{other}_parent_user_id", parent)
-    at = _time(element.get("timestamp"))
+    at = time_of(element.get("timestamp"))
     if at is None:
         at = received_at
         body["pombal"] = {"odd_timestamp": True}
@@ -339,7 +289,7 @@ def _message(
 def _called(path: str, element: dict[str, Any], contacts: _Contacts) -> Called:
     """A call from a user. Without a time of its own it would be another one each time that it is sent again."""
     person, _ = _person(element, contacts, "from")
-    at = _time(element.get("timestamp"))
+    at = time_of(element.get("timestamp"))
     if at is None:
         raise Rejected("no timestamp")
     return Called(path, person, at)
@@ -353,7 +303,7 @@ def _person(element: dict[str, Any], contacts: _Contacts, other: str) -> tuple[P
     system = element.get("system")
     if type(system) is not dict:
         system = {}
-    bsuid = _id(element, f"{other}_user_id")
+    bsuid = id_of(element, f"{other}_user_id")
     phone = _phone(element, other) or _phone(system, "customer")
     contact = contacts.by_id.get(bsuid) or contacts.by_id.get(phone) or _NOBODY
     if bsuid is None and phone is None:
@@ -369,11 +319,16 @@ def _person(element: dict[str, Any], contacts: _Contacts, other: str) -> tuple[P
     return Person(identities, contact.name, aliases), contact.parent
 
 
+def _phone(holder: dict[str, Any], key: str) -> str | None:
+    value = id_of(holder, key)
+    return value.removeprefix("+") or None if value else None
+
+
 def _new_identities(system: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The phone and the BSUID that somebody has from now on. A change of phone also makes a new BSUID (§5, §6)."""
     if system.get("type") not in _CHANGED:
         return
-    phone, bsuid = _phone(system, "wa_id") or _phone(system, "new_wa_id"), _id(system, "user_id")
+    phone, bsuid = _phone(system, "wa_id") or _phone(system, "new_wa_id"), id_of(system, "user_id")
     if phone is not None:
         yield "phone", phone
     if bsuid is not None:
@@ -386,9 +341,9 @@ def _contact(element: dict[str, Any]) -> _Contact:
         profile = {}
     return _Contact(
         phone=_phone(element, "wa_id"),
-        bsuid=_id(element, "user_id"),
-        parent=_id(element, "parent_user_id"),
-        name=_text(profile, "name", _MAX_NAME) or _text(profile, "username", _MAX_NAME),
+        bsuid=id_of(element, "user_id"),
+        parent=id_of(element, "parent_user_id"),
+        name=text_of(profile, "name", MAX_NAME) or text_of(profile, "username", MAX_NAME),
     )
 
 
@@ -401,15 +356,15 @@ def _file(kind: str, element: dict[str, Any]) -> File | None:
             return None
         element, kind = inner, inner["type"]
     media = element.get(kind) if kind in _MEDIA else None
-    media_id = _id(media, "id") if type(media) is dict else None
+    media_id = id_of(media, "id") if type(media) is dict else None
     if media is None or media_id is None:
         return None
     return File(
         media_id,
         kind,
-        _text(media, "mime_type", _MAX_NAME),
-        _text(media, "sha256", _MAX_NAME),
-        _text(media, "filename", _MAX_NAME),
+        text_of(media, "mime_type", MAX_NAME),
+        text_of(media, "sha256", MAX_NAME),
+        text_of(media, "filename", MAX_NAME),
     )
 
 
@@ -426,15 +381,15 @@ def _status(path: str, element: dict[str, Any], received_at: datetime) -> Status
     code, error = _error(element.get("errors"))
     return Status(
         path=path,
-        provider_id=_required_id(element, "id"),
-        status=_status_word(element, "status"),
-        at=_time(element.get("timestamp")) or received_at,
-        participant=_id(element, "recipient_participant_id") or _id(element, "recipient_participant_user_id") or "",
-        callback_data=_text(element, "biz_opaque_callback_data", _MAX_CALLBACK_DATA),
+        provider_id=required_id(element, "id"),
+        status=status_word(element, "status"),
+        at=time_of(element.get("timestamp")) or received_at,
+        participant=id_of(element, "recipient_participant_id") or id_of(element, "recipient_participant_user_id") or "",
+        callback_data=text_of(element, "biz_opaque_callback_data", _MAX_CALLBACK_DATA),
         error_code=code,
         error=error,
-        pricing=_object(element, "pricing"),
-        conversation=_object(element, "conversation"),
+        pricing=object_of(element, "pricing"),
+        conversation=object_of(element, "conversation"),
     )
 
 
@@ -445,80 +400,7 @@ def _error(errors: Any) -> tuple[str | None, str | None]:
     first = errors[0]
     code = first.get("code")
     data = first.get("error_data")
-    details = _text(data, "details", _MAX_ERROR) if type(data) is dict else _text(first, "error_data", _MAX_ERROR)
-    title = _text(first, "title", _MAX_ERROR) or _text(first, "message", _MAX_ERROR)
+    details = text_of(data, "details", MAX_ERROR) if type(data) is dict else text_of(first, "error_data", MAX_ERROR)
+    title = text_of(first, "title", MAX_ERROR) or text_of(first, "message", MAX_ERROR)
     text = ": ".join(part for part in (title, details) if part)
-    return str(code)[:_MAX_STATUS] if type(code) in (str, int) else None, text[:_MAX_ERROR] or None
-
-
-# -- single values ---------------------------------------------------------------------------------------------------
-
-
-def _id(holder: dict[str, Any], key: str) -> str | None:
-    """An id, which Meta writes as text and others as a number; None when absent or empty."""
-    value = holder.get(key)
-    if type(value) is not str:
-        if value is None:
-            return None
-        if type(value) is not int:
-            raise Rejected(f"{key} is not text")
-        value = str(value)
-    if len(value) > _MAX_ID:
-        raise Rejected(f"{key} too long")
-    return value or None
-
-
-def _required_id(holder: dict[str, Any], key: str) -> str:
-    value = _id(holder, key)
-    if value is None:
-        raise Rejected(f"no {key}")
-    return value
-
-
-def _phone(holder: dict[str, Any], key: str) -> str | None:
-    value = _id(holder, key)
-    return value.removeprefix("+") or None if value else None
-
-
-def _word(holder: dict[str, Any], key: str) -> str:
-    """A name that Meta chose, such as a type or a field."""
-    value = holder.get(key)
-    if type(value) is not str or not value:
-        raise Rejected(f"no {key}")
-    if len(value) > _MAX_TYPE:
-        raise Rejected(f"{key} too long")
-    return value
-
-
-def _status_word(holder: dict[str, Any], key: str) -> str:
-    word = _word(holder, key).lower()
-    if len(word) > _MAX_STATUS:
-        raise Rejected(f"{key} too long")
-    return word
-
-
-def _text(holder: dict[str, Any], key: str, limit: int) -> str | None:
-    """A text to show or compare, never worth a rejection: another type counts as absent."""
-    value = holder.get(key)
-    return value[:limit] or None if type(value) is str else None
-
-
-def _object(holder: dict[str, Any], key: str) -> dict[str, Any] | None:
-    value = holder.get(key)
-    if type(value) is not dict:
-        return None
-    _storable(value)
-    return value
-
-
-def _time(value: Any) -> datetime | None:
-    """Seconds, or milliseconds as some senders have it, as text or number; None when it is no such time (B4)."""
-    if type(value) is str:
-        # 20 digits are plenty, and int() would take 4300 of them, signs, blanks and underscores.
-        if len(value) > 20 or not (value.isascii() and value.isdecimal()):
-            return None
-        value = int(value)
-    if type(value) is not int or value <= 0:
-        return None
-    seconds = value / 1000 if _MILLISECONDS <= value < 1000 * _LAST_SECOND else value
-    return datetime.fromtimestamp(seconds, UTC) if seconds <= _LAST_SECOND else None
+    return str(code)[:MAX_STATUS] if type(code) in (str, int) else None, text[:MAX_ERROR] or None

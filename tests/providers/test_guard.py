@@ -1,5 +1,6 @@
 """Where a guarded client connects to, and for how long, over real sockets."""
 
+import asyncio
 import socket
 import ssl
 import struct
@@ -657,3 +658,145 @@ def test_connections_that_wait_keep_no_other_from_being_made() -> None:
                 for connection in accepted:
                     connection.close()
             assert all(one.result() for one in waiting)
+
+
+# -- of an event loop ------------------------------------------------------------------------------------------------
+
+
+def asked_by_a_loop(*urls: str, seconds: float | None = None, **more: Any) -> list[int | Exception]:
+    """What a client of an event loop gets for each, one after the other: the status of the answer, or an error."""
+    lookup = guard.Lookup(more.pop("resolve", None))
+
+    async def ask(client: httpx.AsyncClient, url: str) -> int | Exception:
+        try:
+            return (await client.get(url)).status_code
+        except (guard.BlockedAddress, httpx.HTTPError, httpx.InvalidURL) as error:
+            return error
+
+    async def run() -> list[int | Exception]:
+        way = guard.transport(lookup, **{"allowed": [], **more})
+        async with httpx.AsyncClient(transport=way, timeout=httpx.Timeout(20, connect=seconds or 10)) as client:
+            return [await ask(client, url) for url in urls]
+
+    try:
+        return asyncio.run(run())
+    finally:
+        lookup.close()
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_a_loops_client_reaches_this_machine_in_no_way_either(host: str) -> None:
+    with a_server(an_answer(), host="") as server:
+        found = asked_by_a_loop(f"https://{host}/", f"https://{host}:{server.port}/", f"http://{host}:{server.port}/")
+
+        assert server.seen() == 0
+    # Some of these ways are no way to write a host at all.
+    assert all(isinstance(one, guard.BlockedAddress | httpx.InvalidURL | httpx.ConnectError) for one in found)
+
+
+def test_every_address_of_a_name_must_be_public_to_a_loops_client() -> None:
+    for addresses in (["127.0.0.1"], ["1.1.1.1", "127.0.0.1"], ["::1", "2606:4700::1111"], ["169.254.169.254"]):
+        (found,) = asked_by_a_loop("https://media.example/", resolve=leads_to(*addresses))
+
+        assert isinstance(found, guard.BlockedAddress)
+        assert "example" not in str(found)
+
+
+def test_a_loops_client_connects_to_the_address_that_was_checked(pki: Pki) -> None:
+    answers = iter([["127.0.0.1"], ["127.0.0.1"], ["127.0.0.2"]])  # for the URL's port, for the connection, for nobody
+
+    with a_server(an_answer(), tls=pki.server) as server:
+        found = asked_by_a_loop(
+            f"https://media.example:{server.port}/",
+            allowed=[LOOPBACK],
+            verify=pki.client,
+            resolve=lambda _host: next(answers),
+        )
+
+    assert found == [200]
+    assert (server.asked[0].headers["host"], server.asked[0].name) == (f"media.example:{server.port}", "media.example")
+    assert list(answers) == [["127.0.0.2"]]
+
+
+def test_a_name_that_leads_elsewhere_the_second_time_is_checked_again() -> None:
+    answers = iter([["127.0.0.1"], ["127.0.0.2"]])
+
+    with a_server(an_answer(), host="") as server:
+        (found,) = asked_by_a_loop(
+            f"http://media.example:{server.port}/",
+            allowed=[ip_network("127.0.0.1/32")],
+            resolve=lambda _host: next(answers),
+        )
+
+        assert server.seen() == 0
+    assert isinstance(found, guard.BlockedAddress)
+
+
+def test_odd_ports_and_plain_http_are_for_allowed_networks_alone_in_a_loop_too() -> None:
+    urls = ["http://media.example/", "https://media.example:8443/", "ftp://media.example/", "https://u@media.example/"]
+    public = asked_by_a_loop(*urls, "https://media.example./", resolve=leads_to("1.1.1.1"))
+    with a_server(an_answer()) as server:
+        inside = asked_by_a_loop(f"http://127.0.0.1:{server.port}/", allowed=[LOOPBACK])
+
+    assert all(isinstance(one, guard.BlockedAddress) for one in public)
+    assert inside == [200]
+
+
+def test_a_loops_client_follows_no_redirect_inside() -> None:
+    with a_server(an_answer()) as there, a_server(an_answer(b"", "302 Moved", location=there.url)) as here:
+        assert asked_by_a_loop(here.url, allowed=[LOOPBACK]) == [302]
+        assert there.seen() == 0
+
+
+def test_the_next_address_is_tried_in_a_loop_too() -> None:
+    with a_server(an_answer()) as server:
+        found = asked_by_a_loop(
+            f"http://media.example:{server.port}/", allowed=[LOOPBACK], resolve=leads_to("127.0.0.9", "127.0.0.1")
+        )
+
+    assert found == [200]
+
+
+def test_no_resolver_holds_up_a_loop_nor_those_who_ask_for_other_names() -> None:
+    asked: list[str] = []
+    goes_on = threading.Event()
+
+    def resolve(host: str) -> list[str]:
+        asked.append(host)
+        if host == "slow.example":
+            goes_on.wait(20)
+        return ["127.0.0.1"]
+
+    async def run(url: str) -> tuple[int, list[BaseException | httpx.Response]]:
+        lookup = guard.Lookup(resolve)
+        way = guard.transport(lookup, allowed=[LOOPBACK])
+        async with httpx.AsyncClient(transport=way, timeout=httpx.Timeout(20, connect=SOON)) as client:
+            slow = [asyncio.create_task(client.get("https://slow.example/")) for _ in range(50)]
+            await asyncio.sleep(0)
+            quick = await client.get(url)
+            found = await asyncio.gather(*slow, return_exceptions=True)
+        goes_on.set()
+        lookup.close()
+        return quick.status_code, found
+
+    with a_server(an_answer()) as server:
+        quick, slow = asyncio.run(run(f"http://quick.example:{server.port}/"))
+
+    assert quick == 200
+    assert all(isinstance(one, httpx.ConnectTimeout) for one in slow)
+    assert asked.count("slow.example") == 1
+
+
+@pytest.mark.parametrize("resolve", [leads_to(), leads_to("not an address"), no_such_name])
+def test_a_name_that_leads_nowhere_is_a_connection_that_failed_in_a_loop_too(resolve: guard.Resolver) -> None:
+    (found,) = asked_by_a_loop("https://media.example/", resolve=resolve)
+
+    assert isinstance(found, httpx.ConnectError)
+
+
+def test_a_loops_client_needs_the_httpx_that_we_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "__init__", lambda *_args, **_kwargs: None)
+    lookup = guard.Lookup()
+
+    with pytest.raises(RuntimeError, match="nothing would be guarded"):
+        guard.transport(lookup, allowed=[])

@@ -1,0 +1,189 @@
+"""One element of a gateway's webhook, `{"key", "message", "messageTimestamp", …}`: JSON in, an inbound item out.
+
+This is WhatsApp Web's `WebMessageInfo`, which gateways hand on more or less as it is (megaapi.md, "Webhooks";
+baileys-sessions.md §5): a message, an ack (`update`), or a stub that stands for a message which is not there.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
+
+from pombal.errors import Rejected
+from providers import jid
+from providers.inbound import Message, Notice, Person, Status
+from providers.jid import Jid
+from providers.values import MAX_ID, MAX_NAME, MAX_STATUS, MAX_TYPE, id_of, required_id, text_of, time_of
+from providers.webmessage import content, kept
+
+# `WebMessageInfo.Status`, by number and by name; None: nothing has become of it yet.
+_ACKS: Mapping[str, str | None] = {
+    "0": "failed",
+    "error": "failed",
+    "1": None,
+    "pending": None,
+    "2": "sent",
+    "server_ack": "sent",
+    "3": "delivered",
+    "delivery_ack": "delivered",
+    "4": "read",
+    "viewed": "read",
+    "5": "played",
+}
+_UNDECRYPTABLE = (2, "2", "CIPHERTEXT")
+_MAX_PARAMETERS = 20
+_MOST_STUBS = 1_000  # there are some two hundred kinds
+
+
+class Ignored(NamedTuple):
+    """An element that is not for us, and why."""
+
+    reason: str
+
+
+class _Key(NamedTuple):
+    """A message's key: whose chat, by whom, and its id. `given` is what a gateway needs to find it again."""
+
+    id: str
+    chat: Jid
+    person: Person
+    chat_person: Person
+    author: Jid | None
+    is_ours: bool
+    given: dict[str, Any]
+
+
+Found: TypeAlias = Message | Status | Notice | Ignored
+
+
+def read(path: str, element: dict[str, Any], account: str | None, received_at: datetime) -> Found:
+    """What an element with a `key` says. `account` tells notices of one instance from those of another.
+
+    Raises `Rejected` for one that cannot be understood.
+    """
+    key = _key(element)
+    if isinstance(key, Ignored):
+        return key
+    update = element.get("update")
+    at = _time(element)
+    if type(update) is dict:
+        if "status" in update:
+            return _ack(path, key, update["status"], _time(update) or at or received_at)
+        changed = {"update": kept(update)}
+        return _notice(path, "message_update", key, changed, [account, changed], at or received_at)
+    message = element.get("message")
+    if type(message) is str:
+        message = {"conversation": message}
+    said = content(message, element.get("contextInfo")) if type(message) is dict else None
+    if said is None or said.is_protocol:
+        kind, details = _silent(element) if said is None else ("protocol_message", said.body)
+        return _notice(path, kind, key, details, [account], at or received_at)
+    body = said.body | {"key": key.given}
+    if at is None:
+        body["pombal"] = body.get("pombal", {}) | {"odd_timestamp": True}
+    return Message(
+        path=path,
+        provider_id=key.id,
+        direction="out" if key.is_ours else "in",
+        type=said.type,
+        body=body,
+        person=key.person,
+        chat=key.chat_person,
+        at=at or received_at,
+        file=said.file,
+        may_be_ours=key.is_ours,
+    )
+
+
+def ack(path: str, body: dict[str, Any], received_at: datetime) -> Status | Ignored:
+    """An ack without a `key`: its fields lie beside each other. Raises `Rejected` without an id or a status."""
+    id_ = id_of(body, "keyId") or id_of(body, "messageId") or required_id(body, "id")
+    fields = {"remoteJid": body.get("remoteJid") or body.get("to"), "participant": body.get("participant"), "id": id_}
+    key = _key({"key": fields | {"fromMe": body.get("fromMe", True)}})
+    return key if isinstance(key, Ignored) else _ack(path, key, body.get("status"), _time(body) or received_at)
+
+
+def _key(element: dict[str, Any]) -> _Key | Ignored:
+    key = element["key"]
+    id_, remote = required_id(key, "id"), required_id(key, "remoteJid")
+    chat = jid.parse(remote)
+    if chat is None:
+        raise Rejected("unknown kind of address")
+    if chat.kind in ("status", "newsletter"):
+        return Ignored("a status broadcast" if chat.kind == "status" else "a newsletter")
+    is_ours = key.get("fromMe") is True or key.get("fromMe") == "true"
+    participant = text_of(key, "participant", MAX_ID) or text_of(element, "participant", MAX_ID)
+    author = jid.parse(participant) if participant else None
+    given = {"remoteJid": remote, "fromMe": is_ours, "id": id_} | ({"participant": participant} if participant else {})
+    # Our name comes with our own messages.
+    name = None if is_ours else text_of(element, "pushName", MAX_NAME) or text_of(element, "verifiedBizName", MAX_NAME)
+    if author is not None and author.kind not in ("phone", "lid"):
+        author = None
+    if chat.kind == "list":  # somebody wrote to many at once, us among them: in our chat with them
+        if author is None or is_ours:
+            return Ignored("a broadcast list")
+        chat = author
+    if chat.kind == "group":
+        chat_person = jid.person(chat)
+        beside = _other(key, "participantAlt", "participantPn", "participantLid")
+        person = chat_person if author is None or is_ours else jid.person(author, beside, name)
+    else:
+        person = chat_person = jid.person(chat, _other(key, "remoteJidAlt", "senderPn", "senderLid"), name)
+    return _Key(id_, chat, person, chat_person, author, is_ours, given)
+
+
+def _other(key: dict[str, Any], *names: str) -> Jid | None:
+    """The same person's other address, by the name that this version of the gateway has for it."""
+    texts = (text_of(key, name, MAX_ID) for name in names)
+    found = (jid.parse(text) for text in texts if text)
+    return next((one for one in found if one is not None and one.kind in ("phone", "lid")), None)
+
+
+def _ack(path: str, key: _Key, status: Any, at: datetime) -> Status | Ignored:
+    """One ack. Of a message that somebody else sent it says only what we did with it."""
+    if type(status) not in (int, str) or status == "":
+        raise Rejected("no status")
+    word = str(status).lower()
+    if len(word) > MAX_STATUS:
+        raise Rejected("status too long")
+    word_or_none = _ACKS.get(word, word)
+    if not key.given["fromMe"]:
+        return Ignored("an ack of a message of somebody else")
+    if word_or_none is None:
+        return Ignored("nothing has become of it yet")
+    in_group = key.chat.kind == "group" and key.author is not None
+    participant = jid.spelt(key.author) if in_group and key.author else ""
+    return Status(path, key.id, word_or_none, at, participant=participant, chat=key.chat_person)
+
+
+def _silent(element: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A message without content: a stub (it could not be decrypted, a group changed, …), or nothing that we can see.
+
+    No message of ours is made of it: the real one may come later under the same id.
+    """
+    stub = element.get("messageStubType")
+    if not ((type(stub) is int and 0 < stub < _MOST_STUBS) or (type(stub) is str and 0 < len(stub) <= MAX_TYPE)):
+        return "message_empty", {}
+    given = element.get("messageStubParameters")
+    parameters = given[:_MAX_PARAMETERS] if type(given) is list else []
+    return "message_undecryptable" if stub in _UNDECRYPTABLE else "message_stub", {
+        "messageStubType": stub,
+        "messageStubParameters": [one[:MAX_NAME] for one in parameters if type(one) is str],
+    }
+
+
+def _notice(path: str, kind: str, key: _Key, details: dict[str, Any], told: list[Any], at: datetime) -> Notice:
+    """Told again, at another time or for another reason, it is the same notice; `told` is what must be equal too."""
+    canonical = [kind, key.given["remoteJid"], key.id, key.given.get("participant", ""), *told]
+    digest = hashlib.sha256(msgspec.json.encode(canonical, order="deterministic")).digest()
+    return Notice(path, kind, {"key": key.given, **details}, digest, at)
+
+
+def _time(holder: dict[str, Any]) -> datetime | None:
+    """Its time, which some serializers write as a 64-bit number in two halves."""
+    given = holder.get("messageTimestamp", holder.get("timestamp"))
+    if type(given) is dict and type(given.get("low")) is int and given.get("high", 0) in (0, None):
+        given = given["low"] % 2**32
+    return time_of(given)
