@@ -132,8 +132,9 @@ class Attempt(Tenanted, Base):
     def settle(s: Session, given: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
         """A status or an echo has told these attempts' provider ids: they were accepted.
 
-        Rows as of `reported`, and `sent_at` where it is known. A message without an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id`
-        and `is_adopted` of the messages; one that did not adopt it had been sent twice. Needs the lanes' locks.
+        Rows as of `reported`, and `sent_at` where it is known. A message without an id takes it over, and is sent.
+        Returns `tenant_id`, `id`, `channel_id`, `conversation_id` and `is_adopted` of the messages; one that did not
+        adopt it had been sent twice. Needs the lanes' locks.
         """
         if not given:
             return []

@@ -51,6 +51,21 @@ class ContactIdentity(Tenanted, Dated, Base):
         return {(row.tenant_id, row.channel_id, row.kind, row.value): row.contact_id for row in found}
 
     @staticmethod
+    def jids(s: Session, tenant_id: UUID, channel_id: UUID, phones: set[str]) -> dict[str, str]:
+        """How WhatsApp really spells these phones (digits), as far as somebody was seen under one of their spellings.
+
+        A Brazilian number that was registered without the ninth digit is reached without it only.
+        """
+        if not phones:
+            return {}
+        spelt = {phone: [value for _, value in spellings("phone", phone)] for phone in phones}
+        keys = {(tenant_id, channel_id, "jid", value) for values in spelt.values() for value in values}
+        found = {row.value: row.created_at for row in s.execute(_SEEN, given_rows([_key_row(k) for k in sorted(keys)]))}
+        seen = {phone: [value for value in values if value in found] for phone, values in spelt.items()}
+        # Of two the later one counts: a number may be registered anew.
+        return {phone: max(values, key=lambda value: found[value]) for phone, values in seen.items() if values}
+
+    @staticmethod
     def add(s: Session, given: list[tuple[UUID, UUID, str, str, UUID]]) -> None:
         """Note more identities of contacts: `(tenant, channel, kind, value, contact)`. One that is taken stays so."""
         keys = {
@@ -184,6 +199,16 @@ _FIND = text(f"""
     CROSS JOIN LATERAL (
         SELECT name, named_at FROM contact AS c WHERE (c.tenant_id, c.id) = (i.tenant_id, i.contact_id) OFFSET 0
     ) AS c
+""")
+
+_SEEN = text(f"""
+    SELECT i.value, i.created_at FROM {_GIVEN_KEYS}
+    CROSS JOIN LATERAL (
+        SELECT * FROM contact_identity AS i
+        WHERE (i.tenant_id, i.channel_id, i.kind, i.value)
+            = (given.tenant_id, given.channel_id, given.kind, given.value)
+        OFFSET 0
+    ) AS i
 """)
 
 # Always returns the contact that has the identity: ours if it was free, else the one that was faster.

@@ -62,8 +62,9 @@ class MediaUpload(Tenanted, Dated, Base):
 
     @staticmethod
     def of(s: Session, tenant_id: UUID, channel_id: UUID, media_ids: list[UUID]) -> dict[UUID, RowMapping]:
-        """Stored files by the ids of their media: `digest`, `key`, `bytes`, `mime_type`, and the `provider_media_id`
-        by which this channel can send them for some time yet, None when they must be uploaded first."""
+        """Stored files by the ids of their media: `digest`, `key`, `bytes`, `mime_type`, `filename` (as somebody called
+        it, or None), and the `provider_media_id` by which this channel can send them for some time yet, None when they
+        must be uploaded first."""
         if not media_ids:
             return {}
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "ids": media_ids, "least_left": _LEAST_LEFT}
@@ -110,7 +111,7 @@ _OF_MEDIA = text(f"""
 """)
 
 _OF = text(f"""
-    SELECT m.id AS media_id, f.digest, f.key, f.bytes, {_MIME_TYPE}, u.provider_media_id
+    SELECT m.id AS media_id, f.digest, f.key, f.bytes, {_MIME_TYPE}, m.filename, u.provider_media_id
     FROM unnest(CAST(:ids AS uuid[])) AS given (id)
     CROSS JOIN LATERAL (
         SELECT * FROM media AS m WHERE (m.tenant_id = :tenant_id) IS TRUE AND m.id = given.id OFFSET 0

@@ -142,6 +142,13 @@ class Message(Tenanted, Dated, Base):
         return {(row["tenant_id"], row["channel_id"], row["name"]): row for row in found}
 
     @staticmethod
+    def bodies(s: Session, tenant_id: UUID, ids: list[UUID]) -> dict[UUID, dict[str, Any]]:
+        """What these messages say, by id."""
+        if not ids:
+            return {}
+        return {row.id: row.body for row in s.execute(_BODIES, {"tenant_id": tenant_id, "ids": ids})}
+
+    @staticmethod
     def store(s: Session, given: list[dict[str, Any]]) -> set[UUID]:
         """Insert messages that are not there yet; returns the ids of those that were new. `body` is JSON text."""
         if not given:
@@ -266,6 +273,9 @@ _NAMED = text(f"""
         LIMIT 1
     ) AS m
 """)
+
+# As in models/outgoing.py: where a row is meant by its id, the tenant is `IS TRUE`.
+_BODIES = text("SELECT id, body FROM message WHERE (tenant_id = :tenant_id) IS TRUE AND id = ANY(:ids)")
 
 _STORE = text(f"""
     INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body, provider_id,

@@ -19,9 +19,11 @@ import msgspec
 from pombal.errors import Permanent
 from providers import guard, http
 from providers.download import allowance
+from providers.instance import InstanceFault
 from providers.megaapi import (
     EDGE_WAIT,
     THROTTLE_WAIT,
+    MegaApi,
     Place,
     call,
     is_edge_block,
@@ -35,6 +37,8 @@ from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoin
 from providers.sniff import extension
 
 _BY_LINK = 60.0  # seconds: the gateway fetches the file before it answers
+_STANDING = 8.0  # seconds for the question how the instance stands
+_REJECTED = "rejected"
 _MOST_TEXT = 500  # characters of the provider's reason
 _TRIES = 6  # of a message that met trouble at the provider
 _PIECE = 192 * 1024  # bytes encoded at once; a multiple of 3
@@ -66,6 +70,7 @@ class MegaSender:
     ) -> None:
         self._clients = clients
         self._place = Place(host, instance_key, token)
+        self._instance = MegaApi(clients, host, instance_key, token)
         self._deadline = deadline
 
     async def send(self, message: Outgoing) -> Answer:
@@ -95,7 +100,26 @@ class MegaSender:
         except http.NoReply as error:
             outcome = Outcome.UNKNOWN if error.has_left else Outcome.NOT_SENT
             return Answer(outcome, http_status=error.status, why=error.why)
-        return read(reply)
+        answer = read(reply)
+        if answer.fault is not None and answer.fault.code == _REJECTED:
+            return await self._explained(answer)
+        return answer
+
+    async def _explained(self, answer: Answer) -> Answer:
+        """A refusal concerns the message only while the instance is connected: what the gateway's words for the other
+        case are, nobody knows, so it is asked how the instance stands."""
+        try:
+            status = (await self._instance.status(_STANDING)).status
+        except InstanceFault:
+            status = None
+        if status == "connected":
+            return answer
+        if status == "disconnected":
+            fault = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
+        else:
+            text = answer.fault.text if answer.fault else ""
+            fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, _REJECTED, text, tries=_TRIES)
+        return msgspec.structs.replace(answer, fault=fault)
 
     async def upload(self, file: Attachment) -> Answer:
         """Nothing is handed over beforehand: raises `Permanent`."""
@@ -304,7 +328,7 @@ def _answered(reply: http.Reply, body: dict[str, Any] | None) -> Answer:
     if body is None:
         return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer that is not MegaAPI's")
     if is_error(body):
-        return _refusal(Kind.PERMANENT, "rejected", _reason(body), reply.status)
+        return _refusal(Kind.PERMANENT, _REJECTED, _reason(body), reply.status)
     data = body.get("messageData")
     if not isinstance(data, dict) and "error" not in body and "erro" not in body:
         return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer that does not say what became of it")

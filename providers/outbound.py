@@ -18,6 +18,7 @@ class Kind(StrEnum):
     PERMANENT = "permanent"  # this message will never be taken
     AUTH = "auth"  # token, permission or standing of the account: hold everything until a person mends it
     PAYMENT = "payment"  # likewise, and money mends it
+    SESSION = "session"  # the channel is not connected: hold everything until it is
 
 
 class Scope(StrEnum):

@@ -1,9 +1,10 @@
 """Group commit of what is to be sent: requests in flight share one transaction, and hear "queued" after its commit.
 
 As in `web/inbox.py` a flush starts at once when none is running, tenants take turns, and the bell rings off the
-request's path. Other than there, each request has a verdict of its own (channel, idempotency key, files, references,
-window, template), and one that was told 503 is not sent: whoever stops waiting is taken out before the commit begins.
-A lock that somebody holds, such as that of a lane, is a 503 for the tenant who needs it and for nobody else.
+request's path. Other than there, each request has a verdict of its own (channel and what it can send, idempotency key,
+files, references, window, template), and one that was told 503 is not sent: whoever stops waiting is taken out before
+the commit begins. A lock that somebody holds, such as that of a lane, is a 503 for the tenant who needs it and for
+nobody else.
 
 The transaction touches its tables in this order, as all who write them do: contact_identity, contact, message, lane,
 conversation, event (architecture.md, decision 2).
@@ -26,7 +27,6 @@ from sqlalchemy.orm import Session
 
 from models import (
     Channel,
-    ChannelKind,
     Conversation,
     File,
     Lane,
@@ -41,10 +41,11 @@ from models.event import Event
 from pombal import db, log, metrics
 from pombal.errors import Unreachable
 from pombal.ids import uuid7
+from web import kinds
 from web.errors import Failure
 from web.inbox import Bell
 from web.refusals import wrong
-from web.shapes import Ask, OwnFile, unfit
+from web.shapes import Ask, OwnFile, identity, unfit
 from workers.outgoing_message import outgoing_message
 
 _log = log.get()
@@ -354,9 +355,8 @@ class Draft:
 
     @property
     def identity(self) -> tuple[tuple[str, str], ...]:
-        """The recipient as webhooks would name them: digits without the plus."""
-        to = self.ask.recipient or ""
-        return (("phone", to[1:]),) if to.startswith("+") else (("bsuid", to),)
+        """The recipient as webhooks would name them."""
+        return (identity(self.ask.recipient or ""),)
 
 
 class Flush:
@@ -431,8 +431,8 @@ class Flush:
             found = _named(own, draft.ask.channel) if draft.ask.channel is not None else _default(own)
             if isinstance(found, Failure):
                 yield draft, found
-            elif found.kind != ChannelKind.META:
-                yield draft, wrong("$.channel", "is of a kind that cannot send yet")
+            elif failure := kinds.refusal(found.kind, draft.ask):
+                yield draft, failure
             else:
                 draft.channel_id, draft.provider = found.id, found.kind
                 if draft.ask.not_before is not None and draft.ask.not_before > self._now:
@@ -468,7 +468,11 @@ class Flush:
                 draft.reference = found
 
     def _check_templates(self, drafts: list[Draft]) -> Iterator[tuple[Draft, Failure]]:
-        keys = {d: (d.tenant_id, d.channel_id, *d.ask.template) for d in drafts if d.ask.template is not None}
+        keys = {
+            d: (d.tenant_id, d.channel_id, *d.ask.template)
+            for d in drafts
+            if d.ask.template is not None and kinds.has_template_checks(d.provider)
+        }
         statuses = Template.statuses(self._s, list(keys.values()))
         for draft, key in keys.items():
             status = statuses.get(key)
@@ -497,7 +501,11 @@ class Flush:
 
     def _check_windows(self, drafts: list[Draft]) -> Iterator[tuple[Draft, Failure]]:
         """Free-form messages need an open window now; one for later may find another (whatsapp-cloud-api.md §10)."""
-        free = [d for d in drafts if d.ask.type not in ("template", "read") and d.not_before is None]
+        free = [
+            d
+            for d in drafts
+            if d.ask.type not in ("template", "read") and d.not_before is None and kinds.has_window(d.provider)
+        ]
         windows = Conversation.windows(self._s, [(draft.tenant_id, draft.conversation_id) for draft in free])
         for draft in free:
             until = windows.get((draft.tenant_id, draft.conversation_id))

@@ -1,7 +1,8 @@
 """What may be asked of us to send: the shape of a request, and an error that names the field and its limit.
 
-Limits are the provider's, so that what it would refuse hours later is refused at once (whatsapp-cloud-api.md §9, §11,
-§12). Nothing here knows the database. An error never repeats what was sent, but for the name of an unknown field.
+Limits are Meta's, so that what it would refuse hours later is refused at once (whatsapp-cloud-api.md §9, §11, §12);
+what a channel of another kind takes of it is in `web/kinds.py`. Nothing here knows the database. An error never repeats
+what was sent, but for the name of an unknown field.
 """
 
 import hashlib
@@ -48,13 +49,14 @@ class Ask(NamedTuple):
 
     type: str
     element: Any
-    recipient: str | None  # a phone number with its plus, or a BSUID; none for a read receipt
+    recipient: str | None  # a phone number with its plus, a BSUID, or a JID (a LID, a group); none for a read receipt
     channel: str | None  # id or name; None for the default
     reference: Reference | None  # what it replies to, reacts to, or says was read
     not_before: datetime | None
     template: tuple[str, str] | None  # name and language
     digest: str  # of all that was asked
     files: tuple[OwnFile, ...] = ()
+    at: str = "$"  # where its content stands
 
     def body(self, reference: str | None) -> bytes:
         """The message's body as JSON, with the id by which the referenced message is known best."""
@@ -640,6 +642,7 @@ def _understood(given: dict[str, Any], at: str | None = None) -> Ask:
         template=template,
         digest=hashlib.sha256(msgspec.json.encode(given, order="sorted")).hexdigest(),
         files=files,
+        at=field,
     )
 
 
@@ -655,10 +658,18 @@ def _recipient(asked: Envelope, type_: str) -> str | None:
 
 _PHONE = re.compile(r"\+[0-9]{8,15}")
 _BSUID = re.compile(r"[A-Z]{2}\.(ENT\.)?[A-Za-z0-9]{1,128}")
+_LID = re.compile(r"[0-9]{1,20}@lid")
+_GROUP = re.compile(r"[0-9]{5,24}(-[0-9]{1,16})?@g\.us")  # the older ones: who made it, and when
+_OF_A_PERSON = "@s.whatsapp.net"
 
 
 def recipient(to: str) -> str:
-    """A phone number with its plus, or a BSUID (§5). Digits alone are refused, since Meta would guess the country."""
+    """A phone number with its plus, a BSUID (§5), or a JID: of a LID or a group as it is, of a person as the number.
+
+    Digits alone are refused, since Meta would guess the country.
+    """
+    if to.endswith(_OF_A_PERSON) and _PHONE.fullmatch(number := f"+{to.removesuffix(_OF_A_PERSON)}"):
+        to = number
     if _PHONE.fullmatch(to):
         try:
             if phonenumbers.is_possible_number(phonenumbers.parse(to)):
@@ -666,7 +677,7 @@ def recipient(to: str) -> str:
         except phonenumbers.NumberParseException:  # no such country
             pass
         raise wrong("$.to", "is no phone number that can exist in its country")
-    if _BSUID.fullmatch(to):
+    if _BSUID.fullmatch(to) or _LID.fullmatch(to) or _GROUP.fullmatch(to):
         return to
     if re.fullmatch(r"[0-9]+", to):
         raise wrong(
@@ -674,7 +685,20 @@ def recipient(to: str) -> str:
             "needs a + and the country's code: without the +, WhatsApp may take it for a number in the country of the "
             "business and deliver it to somebody else",
         )
-    raise wrong("$.to", "must be + and 8 to 15 digits, or a business-scoped user id like BR.A1b2C3", [8, 15])
+    raise wrong(
+        "$.to",
+        "must be + and 8 to 15 digits, a business-scoped user id like BR.A1b2C3, or a JID: digits and @s.whatsapp.net "
+        "or @lid, or a group's id and @g.us",
+        [8, 15],
+    )
+
+
+def identity(to: str) -> tuple[str, str]:
+    """The recipient as webhooks would name it: `(kind, value)`, a phone by its digits without the plus."""
+    if to.startswith("+"):
+        return "phone", to[1:]
+    value, is_jid, server = to.partition("@")
+    return ({"lid": "lid", "g.us": "group"}[server], value) if is_jid else ("bsuid", to)
 
 
 def _reference(asked: Envelope, type_: str, element: Any, at: str) -> Reference | None:

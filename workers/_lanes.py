@@ -6,14 +6,15 @@ picked; then the calls are made, at the slots that the pace gives them. After a 
 and its bell goes to the end of the queue. Not a queue, hence the underscore.
 
 Files that the provider must have first go up beside the calls (`_uploads.py`). A slice does not end them: the lane is
-kept, with its settings read anew, and its other messages go on.
+kept, with its settings read anew, and its other messages go on. Files that go along with their messages are read from
+the storage while they are sent; for each there is an attempt, so the slice goes on until their calls have ended.
 """
 
 import asyncio
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
@@ -31,10 +32,12 @@ from pombal.middleware import is_store_trouble
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
 from providers import connect, http
+from providers.download import allowance
 from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Scope, Sender
 from providers.storage import Missing, StorageUnavailable
 from workers import _uploads
 from workers._line import Line, Plan, Work
+from workers._parcels import Stored
 from workers._uploads import Damaged, Upload
 from workers._verdicts import NO_FILE, NO_STORAGE, STOPPED
 
@@ -50,8 +53,9 @@ _HANGS = http.DEADLINE  # … that a slice goes on for at most when it ends with
 _TOO_LATE = 4.0  # … after its slot that a call must not leave any more; less than a lease
 _STORE_PATIENCE = 60.0  # … that answers are held in memory while the database is away
 _STOP_PATIENCE = 15.0  # … that calls under way are waited for when the process is told to stop
-_UPLOADS = 4  # at a time, of all lanes, first come first served
-_UPLOAD_TRIES = 6  # of one that fails by our own fault
+_UPLOADS = 4  # files at a time, of all lanes, first come first served
+_UPLOAD_TRIES = 6  # of one that fails by our own fault, or does not get through
+_ENCODED = 4 / 3  # what a file may grow to on its way
 _THREADS = 4  # for the database, shared by all lanes, first come first served
 
 
@@ -185,7 +189,9 @@ class Run:
         self._done: list[tuple[Work, Answer]] = []
         self._uploading: set[asyncio.Task[None]] = set()
         self._uploaded: list[tuple[Upload, Answer]] = []
+        self._in_wings: set[asyncio.Task[None]] = set()  # their calls have not begun: other files are on their way
         self._last_fire = 0.0
+        self._renewed_at = 0.0  # the lane is ours for the length of a lease from then on
 
     def look(self) -> None:
         """There may be something new in the line, or a reason to stop."""
@@ -218,13 +224,17 @@ class Run:
         while True:
             length = _ALONE if self._lanes.is_alone else _SLICE
             # Nobody else could have the lane while a call hangs, so it may as well go on; but all may be that slow.
-            is_over = time.monotonic() - began > length + (_HANGS if self._has_straggler() else 0.0)
+            is_over = time.monotonic() - began > length + self._longest_straggler()
             if self._lanes.stopping:
                 is_over, stop_at = True, stop_at or time.monotonic() + _STOP_PATIENCE
                 await self._drop_uploads()  # another process begins them anew
+                for waiting in self._in_wings:
+                    waiting.cancel()
                 if time.monotonic() > stop_at:
                     self._give_up_waiting()
-            plan = await self._turn(line, may_begin=not is_over)
+            # Files may take long, and for a slice that never ends no settings would be read.
+            may_carry = time.monotonic() - began <= length
+            plan = await self._turn(line, may_begin=not is_over, may_carry=may_carry)
             for work, slot in plan.begun:
                 task = asyncio.create_task(self._deliver(sender, work, slot, line.gap))
                 self._open[task] = work
@@ -240,8 +250,10 @@ class Run:
                     return False
             await self._wait(plan, can_gather=len(self._open) > 1)
 
-    def _has_straggler(self) -> bool:
-        return any(time.monotonic() - work.begun_at > _STRAGGLES for work in self._open.values())
+    def _longest_straggler(self) -> float:
+        """How long a slice goes on for calls that take their time."""
+        slow = [work for work in self._open.values() if time.monotonic() - work.begun_at > _STRAGGLES]
+        return max((allowance(int(one.stored.size * _ENCODED)) if one.stored else _HANGS for one in slow), default=0.0)
 
     async def _rescue(self, line: Line) -> None:
         """Something is wrong with a turn of ours: what is under way is waited for, and written down one by one.
@@ -260,16 +272,21 @@ class Run:
                 _log.error("answer_lost", message_id=str(work.id), error=log.described(error))
         self._done.clear()
 
-    async def _turn(self, line: Line, *, may_begin: bool) -> Plan:
+    async def _turn(self, line: Line, *, may_begin: bool, may_carry: bool) -> Plan:
         """One commit. While the database is away the answers are kept here; nothing more is sent meanwhile."""
         done, self._done = self._done, []
         uploaded, self._uploaded = self._uploaded, []
         give_up_at = time.monotonic() + _STORE_PATIENCE
         while True:
             under_way = list(self._open.values())
-            turn = functools.partial(line.turn, done, under_way=under_way, may_begin=may_begin, uploaded=uploaded)
+            turn = functools.partial(
+                line.turn, done, under_way=under_way, may_begin=may_begin, may_carry=may_carry, uploaded=uploaded
+            )
+            asked = time.monotonic()
             try:
-                return await self._lanes.in_thread(turn)
+                plan = await self._lanes.in_thread(turn)
+                self._renewed_at = asked if plan.is_ours else 0.0
+                return plan
             except Exception as error:
                 if not is_store_trouble(error) or time.monotonic() > give_up_at:
                     self._done = done + self._done
@@ -292,6 +309,35 @@ class Run:
         self._news.clear()
 
     async def _deliver(self, sender: Sender, work: Work, slot: float, gap: float) -> None:
+        if work.stored is None:
+            answer = await self._call(sender, work, slot, gap)
+        elif not await self._has_berth():
+            answer = STOPPED
+        else:
+            try:
+                # Its slot may be long past, but while it waited the lane was ours all the time.
+                answer = await self._call_with_file(sender, work, work.stored, max(slot, self._renewed_at), gap)
+            finally:
+                self._lanes.uploads.release()
+        self._done.append((work, answer))  # a turn may have begun another list meanwhile
+
+    async def _has_berth(self) -> bool:
+        """Wait until there is room for one more file in this process. False when the process is told to stop."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - it runs in one
+        self._in_wings.add(task)
+        try:
+            await self._lanes.uploads.acquire()
+        except asyncio.CancelledError:  # by ourselves: nothing has left yet
+            return False
+        finally:
+            self._in_wings.discard(task)
+        return True
+
+    async def _call(
+        self, sender: Sender, work: Work, slot: float, gap: float, attachment: Attachment | None = None
+    ) -> Answer:
+        """The call at its slot, and what came back."""
         # After a stall the slots that passed are made up for one by one, never in a bunch.
         fire_at = max(slot, time.monotonic(), self._last_fire + gap)
         self._last_fire = fire_at
@@ -299,16 +345,42 @@ class Run:
             await asyncio.sleep(wait)
         # Or the process stood still for so long that somebody else may have the lane by now.
         if self._lanes.stopping or time.monotonic() - slot > _TOO_LATE:
-            self._done.append((work, STOPPED))
-            return
+            return STOPPED
+        outgoing = Outgoing(work.type, work.body, work.recipient, callback_of(work.attempt_id), attachment, work.quoted)
         began = time.monotonic()
         try:
-            answer = await sender.send(Outgoing(work.type, work.body, work.recipient, callback_of(work.attempt_id)))
+            return await sender.send(outgoing)
+        except (Missing, Damaged, StorageUnavailable):
+            raise
         except Exception as error:  # of our own making: the call may have left
             _log.error("send_failed", channel_id=str(self.channel_id), traceback=log.redacted(error))
-            answer = Answer(Outcome.UNKNOWN, why=type(error).__name__)
-        metrics.provider_seconds.labels(provider=work.provider, operation="send").observe(time.monotonic() - began)
-        self._done.append((work, answer))
+            return Answer(Outcome.UNKNOWN, why=type(error).__name__)
+        finally:
+            metrics.provider_seconds.labels(provider=work.provider, operation="send").observe(time.monotonic() - began)
+
+    async def _call_with_file(self, sender: Sender, work: Work, stored: Stored, slot: float, gap: float) -> Answer:
+        """The call with its file. One whose file did not get through as a whole did nothing, whatever came back."""
+        reading = _Reading(stored.size)
+        chunks = _uploads.chunks(stored.key, stored.size)
+        async with aclosing(chunks), aclosing(reading.of(chunks)) as pieces:
+            attachment = Attachment(stored.mime_type, stored.size, pieces)
+            try:
+                answer = await self._call(sender, work, slot, gap, attachment)
+            except (Missing, Damaged):
+                _log.error("media_missing", channel_id=str(self.channel_id))
+                return NO_FILE
+            except StorageUnavailable as error:
+                _log.warning("send_waits_for_the_storage", channel_id=str(self.channel_id), error=str(error))
+                return NO_STORAGE
+            except asyncio.CancelledError:  # the process stops
+                if reading.is_whole:
+                    raise
+                return STOPPED
+        if answer.outcome is Outcome.UNKNOWN and not reading.is_whole:
+            text = f"the file could not be handed over: {answer.why}"
+            fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, "upload_failed", text, tries=_UPLOAD_TRIES, is_outage=True)
+            return Answer(Outcome.REFUSED, http_status=answer.http_status, fault=fault)
+        return answer
 
     def _begin_upload(self, sender: Sender, upload: Upload, provider: str) -> None:
         task = asyncio.create_task(self._upload(sender, upload, provider))
@@ -354,3 +426,17 @@ class Run:
 
     def _sender(self, channel: Channel) -> Sender:
         return connect(channel.kind, self._lanes.clients(), channel.config, channel.secrets())
+
+
+class _Reading:
+    """How far a file has been read by whoever sends it."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self.is_whole = size <= 0  # set before its last piece is handed out, since that may leave at once
+
+    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in chunks:
+            self._left -= len(chunk)
+            self.is_whole = self._left <= 0
+            yield chunk

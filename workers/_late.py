@@ -6,11 +6,12 @@ queue, hence the underscore.
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import RowMapping
+from sqlalchemy import RowMapping, select
 from sqlalchemy.orm import Session
 
-from models import Lane, MessageStatus, outgoing
+from models import Channel, ChannelKind, Lane, MessageStatus, outgoing
 from models.dead_letter import message_letter
 from providers.meta_errors import late_fault
 from providers.outbound import Answer, Kind, Outcome
@@ -23,11 +24,14 @@ _SHORTEST_WAIT = 30.0  # seconds
 def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Put back into the line what failed for a reason that may pass; needs the lanes' locks.
 
-    `risen` are rows of `Message.catch_up`. Returns the events and the dead letters of what was done.
+    `risen` are rows of `Message.catch_up`. Returns the events and the dead letters of what was done. Codes are Meta's:
+    what another provider says has failed stays so.
     """
+    failed = [row for row in risen if row["status"] == MessageStatus.FAILED and row["turn_at"] and row["error_code"]]
+    at_meta = _of_meta(s, {row["channel_id"] for row in failed})
     back, letters = [], []
-    for row in risen:
-        if row["status"] != MessageStatus.FAILED or row["turn_at"] is None or row["error_code"] is None:
+    for row in failed:
+        if row["channel_id"] not in at_meta:
             continue
         fault = late_fault(row["error_code"], row["error"] or "")
         answer = Answer(Outcome.REFUSED, fault=fault)
@@ -43,3 +47,10 @@ def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, A
     queued = outgoing.take_back(s, back)
     Lane.expect(s, [{name: row[name] for name in ("tenant_id", "channel_id", "due_at")} for row in queued])
     return [outgoing.event(row, MessageStatus.QUEUED) for row in queued], letters
+
+
+def _of_meta(s: Session, channel_ids: set[UUID]) -> set[UUID]:
+    if not channel_ids:
+        return set()
+    known = select(Channel.id).where(Channel.id.in_(channel_ids), Channel.kind == ChannelKind.META)
+    return set(s.scalars(known))

@@ -6,7 +6,7 @@ call to a provider happens in one.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
@@ -18,6 +18,7 @@ from models import (
     Attempt,
     Channel,
     ChannelKind,
+    ChannelStatus,
     ContactIdentity,
     Conversation,
     DeadLetter,
@@ -34,8 +35,10 @@ from models.dead_letter import message_letter
 from pombal import db, log, metrics
 from pombal.ids import uuid7
 from pombal.pace import Grant, Pace
-from providers.outbound import Answer, Outcome, Scope
-from workers import _late, _uploads, _verdicts
+from providers.outbound import Answer, Outcome, Quoted, Scope
+from workers import _late, _parcels, _uploads, _verdicts
+from workers._manners import manner
+from workers._parcels import Parcel, Stored
 from workers._uploads import Upload, Uploads, Waiter
 from workers._verdicts import Heed, Verdict
 
@@ -43,17 +46,14 @@ _log = log.get()
 T = TypeVar("T")
 
 _RERUNS = 5
-_RATE = 80.0  # messages a second of a number, unless its channel says otherwise (whatsapp-cloud-api.md §10)
-_MARGIN, _CATCH_UP = 0.95, 0.975  # … of it is used, and after a stall: the provider counts by its own clock
+_MARGIN, _CATCH_UP = 0.95, 0.975  # of a number's rate is used, and after a stall: the provider counts by its own clock
 _FEWEST, _MOST = 2, 64  # calls at once: at the start, and at most (more for a number with a high rate)
 _SHALLOWEST, _DEEPEST = 4, 2_000  # messages looked at in one turn, beside those that there is room for
 _OUTAGE = 5  # points (`_verdicts.misses`) after which only probes are sent
 _SLOWEST = 0.1  # share of the rate
 _RECOVERY, _RISE = 10.0, 1.25  # seconds without a throttle after which the share rises, and by how much
 _MOST_RISES = 20  # from the slowest to the whole
-_FREE_FORM_PASS = ("template", "read")  # what the 24-hour window does not concern
-_NO_SUCH_FILE = "its file is no longer there"
-_WINDOW_CLOSED = "more than 24 hours since the customer last wrote: only a template may be sent"
+_DISCONNECTED = "the channel's session is not connected"
 
 
 class Work(NamedTuple):
@@ -73,6 +73,8 @@ class Work(NamedTuple):
     is_probe: bool
     begun_at: float  # on the monotonic clock
     files: tuple[str, ...] = ()  # of ours that it carries, by the provider's ids
+    stored: Stored | None = None  # the one that goes along with it
+    quoted: Quoted | None = None
 
 
 Known: TypeAlias = Work | Waiter | RowMapping  # what tells a message and its latest attempt
@@ -119,9 +121,10 @@ class Line:
 
     def _set_up(self, channel: Channel) -> None:
         self.channel, config = channel, channel.config
-        self._rate = float(config.get("messages_per_second", _RATE))
+        self.manner = manner(channel.kind)
+        self._rate = float(config.get("messages_per_second", self.manner.rate))
         self._settle = timedelta(seconds=float(config.get("settle_seconds", outgoing.SETTLE_WAIT.total_seconds())))
-        self._policy = str(config.get("on_unknown", _verdicts.ONCE_MORE))
+        self._policy = str(config.get("on_unknown", self.manner.on_unknown))
         self._most = max(float(_MOST), self._rate / 2)
 
     @property
@@ -133,29 +136,55 @@ class Line:
     def take(cls, channel_id: UUID, token: UUID, pace: Pace) -> "Line | None":
         """The lane's line, if something is due in it that may be sent and nobody else has it."""
 
-        def take(s: Session) -> "Line | None":
+        def take(s: Session) -> "Line | bool":
             lane = Lane.take(s, channel_id, token)
             if lane is None:
-                return None
+                return False
             db.see(s, [lane["tenant_id"]])
             line = cls(lane, s.get_one(Channel, (lane["tenant_id"], channel_id)), token, pace)
             line._abandoned(s)
+            if line._is_disconnected(line.channel):
+                held = line._hold_disconnected(s)
+                Lane.release(s, line._tenant, channel_id, token)
+                return held
             look = line.look(s, int(line._window), is_held=lane["hold"] is not None)
             line._candidates = look.candidates
             line._expect(look.expected)
             return line
 
-        return _in_one_commit([], take)
+        taken = _in_one_commit([], take)
+        if isinstance(taken, Line):
+            return taken
+        if taken:
+            _say_disconnected(channel_id)
+        return None
 
     def refresh(self) -> None:
         """Read the channel's settings anew, the lane staying ours; nothing is being sent in this moment."""
 
-        def again(s: Session) -> Channel:
-            if Lane.renew(s, self._id, self._token) is not None:
+        def again(s: Session) -> tuple[Channel, bool]:
+            is_ours = Lane.renew(s, self._id, self._token) is not None
+            if is_ours:
                 self._abandoned(s)  # as below
-            return s.get_one(Channel, (self._tenant, self._id))
+            channel = s.get_one(Channel, (self._tenant, self._id))
+            return channel, is_ours and self._is_disconnected(channel) and self._hold_disconnected(s)
 
-        self._set_up(_in_one_commit([self._tenant], again))
+        channel, is_held = _in_one_commit([self._tenant], again)
+        self._set_up(channel)
+        if is_held:
+            _say_disconnected(self._id)
+
+    def _is_disconnected(self, channel: Channel) -> bool:
+        return self.manner.has_session and channel.status == ChannelStatus.DISCONNECTED
+
+    def _hold_disconnected(self, s: Session) -> bool:
+        """Whoever found it out holds the lane, if there was one; true when it is news. Needs the lane's lock: who finds
+        the session connected again has it locked after the channel's row, so that this is seen then, or is not done."""
+        is_news = Lane.set_hold(s, self._id, Hold.DISCONNECTED, code="disconnected", reason=_DISCONNECTED)
+        if is_news:
+            payload = {"hold": Hold.DISCONNECTED, "code": "disconnected"}
+            Event.append(s, [Event.row("channel_held", self._tenant, self._id, None, payload)])
+        return is_news
 
     def release(self) -> bool:
         """Give the lane back; True when something is due in it."""
@@ -191,19 +220,22 @@ class Line:
         *,
         under_way: Collection[Work],
         may_begin: bool,
+        may_carry: bool = True,
         uploaded: Sequence[tuple[Upload, Answer]] = (),
     ) -> Plan:
         """Write the answers down, begin what may go, and pick the next candidates: one commit.
 
-        It may be called again with the same answers after an error of the database.
+        `may_carry`: also messages that files go along with. It may be called again with the same answers after an error
+        of the database.
         """
         asked = time.monotonic()
         in_flight = len(under_way)
         # A status may tell of a message before the answer of its call does: the next one waits for that all the same.
         busy = {work.conversation_id for work in under_way}
-        grants = self._grants(in_flight, busy) if may_begin else []
+        berths = self._berths(under_way) if may_carry else 0
+        grants = self._grants(in_flight, busy, berths) if may_begin else []
         turn = Turn(self, done, uploaded)
-        lane, begun = _in_one_commit([self._tenant], lambda s: turn.write(s, grants, in_flight, may_begin))
+        lane, begun = _in_one_commit([self._tenant], lambda s: turn.write(s, grants, in_flight, may_begin, berths))
         turn.committed()
         self._attempts.clear()
         if lane is not None and turn.neighbours:
@@ -215,7 +247,8 @@ class Line:
             # All that was looked at is behind others, or waits for a file; there may be more of another kind after it.
             return Plan(slots, 0.0 if turn.is_more else None, turn.is_more, uploads, is_ours)
         room = self._window - in_flight - len(begun)
-        if all(row["conversation_id"] in busy for row in self._candidates):
+        berths = self._berths([*under_way, *(work for work, _ in begun)]) if may_carry else 0
+        if not self.choice(self._candidates, busy, berths):
             room = 0
         full = [grant.wait for _, grant in grants if grant.full == "number"]
         wait = None if room < 1 else max(min(full), 0.005) if full else 0.0
@@ -229,7 +262,10 @@ class Line:
         """
         is_probing = self.uploads.is_probing(ended)
         rows, is_more = outgoing.due(s, self._tenant, self._id, most)
-        needed = {row["id"]: outgoing.media_ids(row["body"]) for row in rows if not _is_too_late(row)}
+        if not self.manner.uploads:
+            return Look(rows, is_more, [])
+        in_time = [row for row in rows if not _parcels.is_too_late(row, self.manner)]
+        needed = {row["id"]: outgoing.media_ids(row["body"]) for row in in_time}
         files = MediaUpload.of(s, self._tenant, self._id, sorted({id_ for ids in needed.values() for id_ in ids}))
         candidates: list[RowMapping] = []
         expected: list[tuple[Upload, Waiter]] = []
@@ -251,10 +287,28 @@ class Line:
         for upload, waiter in expected:
             self.uploads.expect(upload, waiter)
 
-    def _grants(self, in_flight: int, busy: set[UUID]) -> list[tuple[RowMapping, Grant]]:
+    def _berths(self, under_way: Iterable[Work]) -> int:
+        """How many more files may go along: there is always room for a message without."""
+        taken = sum(work.stored is not None for work in under_way)
+        return max(0, max(1, min(_uploads.AT_ONCE, int(self._window) - 1)) - taken)
+
+    def choice(self, candidates: Iterable[RowMapping], busy: Collection[UUID], berths: int) -> list[RowMapping]:
+        """Those that may go now, with at most so many files along."""
+        chosen = []
+        for row in candidates:
+            if row["conversation_id"] in busy:
+                continue
+            if _parcels.carries(row, self.manner):
+                berths -= 1
+                if berths < 0:
+                    continue
+            chosen.append(row)
+        return chosen
+
+    def _grants(self, in_flight: int, busy: set[UUID], berths: int) -> list[tuple[RowMapping, Grant]]:
         """The candidates that there is room for, each with the leave of its number and its recipient."""
         room = max(0, int(self._window) - in_flight)
-        chosen = [row for row in self._candidates if row["conversation_id"] not in busy][:room]
+        chosen = self.choice(self._candidates, busy, berths)[:room]
         # A receipt is no message to somebody: the limit of its recipient does not count it.
         whom = [str(row["id"] if row["type"] == "read" else row["conversation_id"]) for row in chosen]
         number = str(self._lane["app_id"] or "") + ":" + str(self.channel.config.get("phone_number_id", self._id))
@@ -302,7 +356,7 @@ class Turn:
         self.misses, self.share, self.window, self.depth = line._misses, line._share, line._window, line._depth
 
     def write(
-        self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool
+        self, s: Session, grants: list[tuple[RowMapping, Grant]], in_flight: int, may_begin: bool, berths: int
     ) -> tuple[RowMapping | None, list[tuple[Work, float]]]:
         self._reset()
         unheard = list(self._line._attempts.values())  # of an earlier try of this commit, which may have succeeded
@@ -338,8 +392,11 @@ class Turn:
             self.left.clear()
             most = max(int(self.window) - in_flight - len(begun), self.depth)
             candidates, self.is_more, self.expected = self._line.look(s, most, is_held=self.is_held, ended=ended)
-            # Many in a row to one recipient are set behind their first in ever larger steps.
-            self.depth = min(_DEEPEST, most * 4) if self.is_more and not candidates else _SHALLOWEST
+            # Many in a row to one recipient are set behind their first in ever larger steps; many with files are
+            # looked past.
+            left = berths - sum(work.stored is not None for work, _ in begun)
+            is_stuck = self.is_more and not self._line.choice(candidates, (), left)
+            self.depth = min(_DEEPEST, most * 4) if is_stuck else _SHALLOWEST
         made = {work.attempt_id for work, _ in begun}
         Attempt.never_left(s, self._tenant, [id_ for id_ in unheard if id_ not in made])
         outgoing.wake(s, self._tenant, self.left)
@@ -483,14 +540,14 @@ class Turn:
         """What the provider calls a recipient, beside what we called them: webhooks will use those names."""
         for work, answer in accepted:
             for kind, value in answer.identities:
-                if value not in (work.recipient, (work.recipient or "").removeprefix("+")):
+                if value not in (work.recipient, _bare(work.recipient or "")):
                     yield self._tenant, self._id, kind, value, work.contact_id
 
     # -- the lane ----------------------------------------------------------------------------------------------------
 
     def _heed(self, s: Session, lane: RowMapping | None) -> None:
         """Holds, pauses, the pace and the number of calls at once, as the answers demand."""
-        told = [(work, answer) for work, answer in self._done if answer is not _verdicts.STOPPED]
+        told = [(work, answer) for work, answer in self._done if answer not in _verdicts.OWN_TROUBLE]
         for work, answer in told:
             points = _verdicts.misses(answer)
             if points:
@@ -543,6 +600,10 @@ class Turn:
             def say() -> None:
                 metrics.holds.labels(hold=hold).inc()
                 _log.error("channel_held", channel_id=str(self._id), hold=hold, code=heed.code)
+                if hold is Hold.DISCONNECTED:  # what a refused send said is to be known of the channel as well
+                    from workers.status_sync import ask_soon  # which sends by way of this module
+
+                    ask_soon(self._tenant, self._id)
 
             self.said.append(say)
 
@@ -567,9 +628,8 @@ class Turn:
     def _begin(self, s: Session, grants: list[tuple[RowMapping, Grant]], *, is_probe: bool) -> list[tuple[Work, float]]:
         outgoing.delay(s, self._tenant, {row["id"]: grant.wait for row, grant in grants if grant.full == "pair"})
         free = [(row, grant.wait) for row, grant in grants if not grant.full]
-        refused: list[tuple[Known, Verdict]] = []
-        bodies = self._bodies(s, [row for row, _ in free], refused)
-        attempts = [{"message_id": id_, "attempt_id": self._line._attempts.setdefault(id_, uuid7())} for id_ in bodies]
+        parcels, refused = _parcels.pack(s, self._tenant, self._id, self._line.manner, [row for row, _ in free])
+        attempts = [{"message_id": id_, "attempt_id": self._line._attempts.setdefault(id_, uuid7())} for id_ in parcels]
         begun = Attempt.begin(s, self._tenant, self._id, attempts)
         self._put(s, refused)
         works = []
@@ -577,43 +637,12 @@ class Turn:
             if row["id"] not in begun:
                 continue
             attempt_id, is_new = begun[row["id"]]
-            works.append((self._work(row, attempt_id, *bodies[row["id"]], is_probe=is_probe), wait))
+            works.append((self._work(row, attempt_id, parcels[row["id"]], is_probe=is_probe), wait))
             if is_new:
                 self.events.append(outgoing.event(row, MessageStatus.SENDING, attempt=row["attempts"] + 1))
         return works
 
-    def _bodies(
-        self, s: Session, rows: list[RowMapping], refused: list[tuple[Known, Verdict]]
-    ) -> dict[UUID, tuple[dict[str, Any], tuple[str, ...]]]:
-        """What to send of each message, with the provider's ids of the message it refers to and of its files, and
-        these ids. Some cannot be sent; one whose file was forgotten meanwhile is left where it is."""
-        named = {row["id"]: name for row in rows if (name := outgoing.reference(row["body"]))}
-        found = Message.named(s, [(self._tenant, self._id, name) for name in named.values()])
-        files = MediaUpload.of(
-            s, self._tenant, self._id, sorted({id_ for row in rows for id_ in outgoing.media_ids(row["body"])})
-        )
-        bodies = {}
-        for row in rows:
-            name, carried = named.get(row["id"]), outgoing.media_ids(row["body"])
-            target = found.get((self._tenant, self._id, name)) if name else None
-            if _is_too_late(row):
-                refused.append((row, Verdict(MessageStatus.FAILED, error_code="131047", error=_WINDOW_CLOSED)))
-            elif target is not None and target["provider_id"] is None:
-                text = "the message it refers to was not sent"
-                refused.append((row, Verdict(MessageStatus.FAILED, error_code="reference_not_sent", error=text)))
-            elif any(id_ not in files for id_ in carried):
-                refused.append((row, Verdict(MessageStatus.FAILED, error_code="file_missing", error=_NO_SUCH_FILE)))
-            else:
-                ids = {id_: provider_id for id_ in carried if (provider_id := files[id_]["provider_media_id"])}
-                if len(ids) < len(set(carried)):
-                    continue
-                body = outgoing.referring(row["body"], target["provider_id"]) if target else row["body"]
-                bodies[row["id"]] = outgoing.carrying(body, ids) if ids else body, tuple(ids.values())
-        return bodies
-
-    def _work(
-        self, row: RowMapping, attempt_id: UUID, body: dict[str, Any], files: tuple[str, ...], *, is_probe: bool
-    ) -> Work:
+    def _work(self, row: RowMapping, attempt_id: UUID, parcel: Parcel, *, is_probe: bool) -> Work:
         if row["attempts"] == 0:
             waited = row["waited"]
             self.said.append(lambda: metrics.send_wait.labels(self._provider).observe(max(0.0, float(waited))))
@@ -624,14 +653,16 @@ class Turn:
             contact_id=row["contact_id"],
             provider=self._provider,
             type=row["type"],
-            body=body,
-            recipient=row["recipient"],
+            body=parcel.body,
+            recipient=parcel.recipient,
             attempts=row["attempts"] + 1,
             tries=row["tries"],
             throttles=row["throttles"],
             is_probe=is_probe,
             begun_at=time.monotonic(),
-            files=files,
+            files=parcel.files,
+            stored=parcel.stored,
+            quoted=parcel.quoted,
         )
 
     def _decide_overdue(self, s: Session) -> None:
@@ -661,9 +692,13 @@ def _why(row: RowMapping, verdict: Verdict) -> str:
     return f"refused {row['tries']} times, at last with code {verdict.error_code}"
 
 
-def _is_too_late(row: RowMapping) -> bool:
-    """Whether the 24 hours are over in which it could have been sent."""
-    return bool(row["is_window_closed"]) and row["type"] not in _FREE_FORM_PASS
+def _say_disconnected(channel_id: UUID) -> None:
+    metrics.holds.labels(hold=Hold.DISCONNECTED).inc()
+    _log.error("channel_held", channel_id=str(channel_id), hold=Hold.DISCONNECTED, code="disconnected")
+
+
+def _bare(recipient: str) -> str:
+    return recipient.removeprefix("+").partition("@")[0]
 
 
 def _ids(message: Known) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def verdict(
     if fault.kind is Kind.THROTTLE and fault.scope in (Scope.PAIR, Scope.MESSAGE):
         wait = max(4.0 ** min(throttles, _MOST_STEPS), fault.wait)
         return Verdict(MessageStatus.QUEUED, wait, throttles=1, error_code=fault.code, error=fault.text)
-    if fault.kind in (Kind.THROTTLE, Kind.AUTH, Kind.PAYMENT):
+    if fault.kind in (Kind.THROTTLE, Kind.AUTH, Kind.PAYMENT, Kind.SESSION):
         # Not this message's doing: it keeps its place. But perhaps it is (a permission for its type, say): a probe goes
         # to the end, so that another one is the next probe.
         delay = 1.0 if is_probe and fault.kind is not Kind.THROTTLE else 0
@@ -121,6 +121,8 @@ def heed(answer: Answer) -> Heed | None:
         return Heed(Hold.AUTH, code=fault.code, reason=fault.text)
     if fault.kind is Kind.PAYMENT:
         return Heed(Hold.PAYMENT, code=fault.code, reason=fault.text)
+    if fault.kind is Kind.SESSION:
+        return Heed(Hold.DISCONNECTED, code=fault.code, reason=fault.text)
     if fault.scope in (Scope.MESSAGE, Scope.PAIR):
         return None
     pause = _spread(max(fault.wait, 2.0))

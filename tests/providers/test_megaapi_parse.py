@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from pombal.errors import Rejected
 from providers.inbound import Change, Connection, Message, Notice, Parsed, Person, Reject, Status
 from providers.megaapi_webhook import parse
+from sandbox import files
+from sandbox import megaapi_words as words
+from sandbox.megaapi_files import MegaFiles
+from sandbox.megaapi_instances import Instance
 from tests.gateways import AT, CUSTOMER, ack, connection, encoded, flat, media
 
 NOW = datetime(2026, 9, 1, 12, 0, tzinfo=UTC)
@@ -470,3 +474,61 @@ def test_anything_anywhere_in_a_body_is_parsed_or_rejected(data: st.DataObject) 
     for reject in parsed.rejects:
         assert reject.path.startswith("$[0]")
         assert len(reject.reason) < 100
+
+
+# -- what the sandbox sends ------------------------------------------------------------------------------------------
+
+SANDBOX_TYPES = {
+    "mislabelled": "text",
+    "extended": "text",
+    "quote": "text",
+    "ephemeral": "text",
+    "gif": "video",
+    "document_caption": "document",
+    "view_once": "image",
+    "live_location": "location",
+    "contact": "contacts",
+    "poll": "pollCreationMessageV3",
+    "edited": "edit",
+    "revoked": "revoke",
+    "buttons": "interactive",
+    "list": "interactive",
+    "unknown": "holographicMessage",
+}  # where they are not named alike
+
+
+@pytest.mark.parametrize("form", words.FORMS)
+@pytest.mark.parametrize("kind", words.KINDS)
+def test_every_kind_and_form_of_the_sandbox_is_understood(kind: str, form: str) -> None:
+    instance = Instance("a", KEY, "t", "connected", "5511955550100", None)
+    short, mime_type = words.MEDIA_KINDS.get(kind, ("image", "image/jpeg"))
+    sent = MegaFiles().add(files.make(mime_type, kind), mime_type, short, "nf.pdf")
+    type_, said = words.content(kind, words.Told("oi", AT, sent))
+    key = words.key("A", CUSTOMER, from_me=False, lids="with_alt")
+
+    parsed = read(words.formed(form, words.message(instance, key, type_, said, AT, "Bia")))
+
+    (change,) = parsed.changes
+    (item,) = change.items
+    assert change.number == KEY
+    if kind == "stub":
+        assert isinstance(item, Notice)
+        assert item.type == "message_undecryptable"
+        return
+    assert isinstance(item, Message)
+    assert item.type == SANDBOX_TYPES.get(kind, kind)
+    assert item.person.identities[1] == ("phone", "5511944440001")
+    assert (item.file.keys if item.file else None) == (sent.keys if kind in words.MEDIA_KINDS else None)
+    assert "context" in item.body or kind not in ("quote", "buttons", "list")
+
+
+@pytest.mark.parametrize("form", words.FORMS)
+def test_acks_and_connections_of_the_sandbox_are_understood(form: str) -> None:
+    instance = Instance("a", KEY, "t", "connected", "5511955550100", None)
+    key = words.key("A", CUSTOMER, from_me=True)
+
+    said = only(words.formed(form, words.ack(instance, key, "3")))
+    told = only(words.formed(form, words.connection(instance, "phone_connected")))
+
+    assert (type(said), said.status) == (Status, "delivered")
+    assert (type(told), told.word.removeprefix("phone_")) == (Connection, "connected")

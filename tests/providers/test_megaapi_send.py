@@ -365,13 +365,43 @@ OLD_ERROR = {"name": "INTERNAL_SERVER_ERROR", "message": "oops", "status": 500, 
     ids=lambda value: value[9:40].decode() if isinstance(value, bytes) else None,
 )
 def test_a_refusal_says_what_to_do_and_whom_it_concerns(answer: bytes, kind: Kind, scope: Scope, code: str) -> None:
-    found = taken_for(answer)
+    found = taken_for(answer, stands("connected"))
 
     assert found.fault is not None
     assert found.outcome is Outcome.REFUSED
     assert (found.fault.kind, found.fault.scope, found.fault.code) == (kind, scope, code)
     assert (found.fault.tries, found.fault.is_outage) == ((6, True) if kind is Kind.TRANSIENT else (0, False))
     assert found.fault.wait == {"edge_blocked": 60, "throttled": 9}.get(code, 0)
+
+
+def stands(status: str) -> bytes:
+    return says({"error": False, "instance": {"key": KEY, "status": status}})
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "scope", "code"),
+    [
+        (stands("connected"), Kind.PERMANENT, Scope.MESSAGE, "rejected"),
+        (stands("disconnected"), Kind.SESSION, Scope.CHANNEL, "disconnected"),
+        (stands("opening"), Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
+        (PAGE, Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
+        (says({"error": True}, "500 Oops"), Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
+    ],
+)
+def test_a_refusal_is_the_messages_only_while_the_instance_is_connected(
+    answer: bytes, kind: Kind, scope: Scope, code: str
+) -> None:
+    found, asked = heard(says(ERROR), answer)
+
+    assert found.fault is not None
+    assert (found.outcome, found.fault.kind, found.fault.scope, found.fault.code) == (
+        Outcome.REFUSED,
+        kind,
+        scope,
+        code,
+    )
+    assert not found.fault.is_outage
+    assert [one.line.split(" ")[:2] for one in asked][1:] == [["GET", f"/rest/instance/{KEY}"]]
 
 
 def test_the_gateways_reason_is_shown_in_bounds() -> None:

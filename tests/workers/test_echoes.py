@@ -31,7 +31,9 @@ LOST = Answer(Outcome.UNKNOWN, why="no answer in time")
 def shop() -> Shop:
     """A shop whose channel is at a gateway."""
     shop = a_shop()
-    channel = Channel(tenant_id=shop.tenant.id, id=uuid7(), kind="megaapi", name="gateway", config={})
+    channel = Channel(
+        tenant_id=shop.tenant.id, id=uuid7(), kind="megaapi", name="gateway", config={"messages_per_second": 1_000}
+    )
     with db.session([shop.tenant.id]) as s:
         s.add(channel)
     return shop._replace(channel=channel)
