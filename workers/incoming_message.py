@@ -6,29 +6,30 @@ effect commutes (architecture.md, decisions 2 to 4).
 
 The steps: claim (its own commit, so that a body that kills the process leaves a trace) → parse → effects and verdicts
 in one commit, fenced by the claim. A batch that fails for a reason of its own is run again with the bad rows bisected
-out under savepoints; those go on as jobs of their own, through retries to the dead letters.
+out under savepoints; those go on as jobs of their own, through retries to the dead letters. What an unsigned gateway
+says of its connection is not believed: `status_sync` asks it (security-reliability.md S6).
 """
 
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 from uuid import UUID, uuid4
 
-from sqlalchemy import Row, RowMapping, text
+from sqlalchemy import RowMapping, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from models import App, DeadLetter, Delivery, DeliveryState, Route, Tick
+from models import App, DeadLetter, Delivery, DeliveryState, Route, Tick, WebhookToken, standing
 from models.dead_letter import letter
 from models.delivery import FATAL_CRASHES, LostClaim
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent, Rejected
 from pombal.ids import born
-from pombal.middleware import GivenUp, cause, is_store_trouble
-from providers import inbound, meta
+from pombal.middleware import GivenUp, cause, is_redis_trouble, is_store_trouble
+from providers import inbound, megaapi_webhook, meta
 from workers._effects import Settled, Stored, apply_items
 from workers.download_media import ring_new
 
@@ -132,6 +133,7 @@ def process(claimed: list[RowMapping], token: UUID) -> None:
         give_back(batch, token)
         raise
     ring_new([(m.tenant_id, m.media_id) for reading in batch for m in reading.stored if m.media_id])
+    ask_about({channel for reading in batch if reading not in bad for channel in reading.told})
     report(batch, bad, time.monotonic() - began)
     for reading in bad:
         incoming_message.send([str(reading.id)])
@@ -148,15 +150,15 @@ def process_suspect(id_: UUID, token: UUID) -> None:
         return
     reason = f"its process died {row['crashes']} times while it was worked on alone"
     with db.session() as s:
-        app_tenants = tenants_of_apps(s, [row])
-        db.see(s, app_tenants.values())
+        tenants = tenants_of(s, [row])
+        db.see(s, tenants.values())
         Delivery.finish(s, {id_: (DeliveryState.DEAD, reason)}, token)
-        DeadLetter.record(s, [delivery_letter(row, reason, app_tenants.get(row["app_id"]))])
+        DeadLetter.record(s, [delivery_letter(row, reason, tenants.get(source_of(row)))])
     metrics.deliveries.labels(provider=row["provider"], outcome="parked").inc()
     _log.error("job_dead", delivery_id=str(id_), request_id=row["request_id"], error=reason)
 
 
-PARSERS = {"meta": meta.parse}
+PARSERS = {"meta": meta.parse, "megaapi": megaapi_webhook.parse}
 
 
 class Reading:
@@ -171,6 +173,7 @@ class Reading:
         self.letters: list[dict[str, Any]] = []
         self.unusable = 0  # parts that were rejected or are foreign; the first of them have letters
         self.tenants: set[UUID] = set()
+        self.told: set[UUID] = set()  # channels whose connection it says something of
         self.stored: list[Stored] = []
         self.settled: list[Settled] = []  # by all that were applied with this one, which is the first of them
         try:
@@ -218,6 +221,8 @@ def commit(batch: list[Reading], token: UUID, how: "Apply") -> list[Reading]:
                 routes = Routes(s, batch)
                 db.see(s, routes.tenants)
                 db.by_key(s)
+                # Before all else: whoever locks a channel's row and its lane takes them in this order.
+                standing.told(s, routes.connections(batch))
                 bad = how(s, batch, routes)
                 good = [reading for reading in batch if reading not in bad]
                 for reading in good:
@@ -276,9 +281,9 @@ def fail(reading: Reading, token: UUID, error: Exception) -> NoReturn:
     with db.session() as s:
         failures = Delivery.failed(s, reading.id, token, limit=limit)
         if failures > limit:
-            app_tenants = tenants_of_apps(s, [reading.row])
-            db.see(s, app_tenants.values())
-            row = delivery_letter(reading.row, log.described(error), app_tenants.get(reading.row["app_id"]))
+            tenants = tenants_of(s, [reading.row])
+            db.see(s, tenants.values())
+            row = delivery_letter(reading.row, log.described(error), tenants.get(source_of(reading.row)))
             row |= {"traceback": log.redacted(error), "failures": failures}
             row["fingerprint"] = delivery_letter(reading.row, cause(error), None)["fingerprint"]
             DeadLetter.record(s, [row])
@@ -299,50 +304,122 @@ def give_back(batch: list[Reading], token: UUID) -> None:
         _log.warning("claim_not_released", deliveries=len(batch), error=log.described(error))
 
 
+class Place(NamedTuple):
+    """Where a change belongs."""
+
+    tenant_id: UUID
+    channel_id: UUID
+
+
 class Routes:
     """Where the changes of a batch belong, and the tenants that its transaction may touch."""
 
     def __init__(self, s: Session, batch: list[Reading]) -> None:
-        wanted = {_route_key(reading, change) for reading in batch for change in reading.parsed.changes}
-        self._found: dict[tuple[UUID, str, str], list[Row[Any]]] = {}
+        wanted = {
+            _route_key(reading.row, change)
+            for reading in batch
+            for change in reading.parsed.changes
+            if reading.row["channel_id"] is None
+        }
+        self._found: dict[tuple[UUID, str, str], list[Place]] = {}
         for route in Route.among(s, wanted):
-            self._found.setdefault((route.app_id, route.kind, route.value), []).append(route)
-        self._app_tenants = tenants_of_apps(s, [reading.row for reading in batch])
-        self.tenants = {route.tenant_id for routes in self._found.values() for route in routes}
-        self.tenants.update(self._app_tenants.values())
+            key = (route.app_id, route.kind, route.value)
+            self._found.setdefault(key, []).append(Place(route.tenant_id, route.channel_id))
+        rows = [reading.row for reading in batch]
+        self._gateways = gateways_of(s, rows)
+        self._tenants = tenants_of_apps(s, rows)
+        self._tenants.update({channel_id: place.tenant_id for channel_id, (place, _) in self._gateways.items()})
+        self.tenants = {place.tenant_id for places in self._found.values() for place in places}
+        self.tenants.update(self._tenants.values())
 
-    def of(self, reading: Reading, change: inbound.Change) -> list[Row[Any]]:
-        """The channel of a number, or all channels of an account; empty when it is not this app's."""
-        return self._found.get(_route_key(reading, change), [])
+    def of(self, reading: Reading, change: inbound.Change) -> list[Place]:
+        """The channel of a number, all channels of an account, or the channel that a gateway's delivery came for; empty
+        when the change is not this source's."""
+        channel_id = reading.row["channel_id"]
+        if channel_id is None:
+            return self._found.get(_route_key(reading.row, change), [])
+        place, instances = self._gateways.get(channel_id, (None, set()))
+        is_its_own = change.number is None or None in instances or change.number in instances
+        return [place] if place and is_its_own else []
+
+    def connections(self, batch: list[Reading]) -> list[tuple[UUID, UUID, datetime]]:
+        """The channels of whose connection a body says something, with the time when it came; noted on the bodies."""
+        told = []
+        for reading in batch:
+            reading.told = set()
+            for change in reading.parsed.changes:
+                if any(isinstance(item, inbound.Connection) for item in change.items):
+                    for place in self.of(reading, change):
+                        reading.told.add(place.channel_id)
+                        told.append((*place, reading.row["received_at"]))
+        return told
 
     def quarantine(self, reading: Reading) -> None:
         """Write the dead letters of what cannot be used: a whole body, single elements, and foreign ids."""
-        row, tenant = reading.row, self._app_tenants.get(reading.row["app_id"])
+        row, tenant = reading.row, self._tenants.get(source_of(reading.row))
         unusable: list[tuple[str, str | None]] = [(reject.reason, reject.path) for reject in reading.parsed.rejects]
         reading.tenants = set()
         if reading.rejected:
             unusable.append((reading.rejected, None))
         for change in reading.parsed.changes:
-            routes = self.of(reading, change)
-            reading.tenants.update(route.tenant_id for route in routes)
-            if not routes:
-                unusable.append((FOREIGN, change.path))
+            places = self.of(reading, change)
+            reading.tenants.update(place.tenant_id for place in places)
+            if not places:
+                unusable.append((FOREIGN if row["channel_id"] is None else FOREIGN_INSTANCE, change.path))
         reading.unusable = len(unusable)
         reading.letters = [delivery_letter(row, reason, tenant, path) for reason, path in unusable[:_MOST_LETTERS]]
 
 
 FOREIGN = "foreign_id: no channel of this app has this number or account"
+FOREIGN_INSTANCE = "foreign_id: the token that it came with is of no channel of this instance"
 
 
-def _route_key(reading: Reading, change: inbound.Change) -> tuple[UUID, str, str]:
+def _route_key(row: RowMapping, change: inbound.Change) -> tuple[UUID, str, str]:
     if change.number is not None:
-        return reading.row["app_id"], "number", change.number
-    return reading.row["app_id"], "waba", change.waba or ""
+        return row["app_id"], "number", change.number
+    return row["app_id"], "waba", change.waba or ""
+
+
+def source_of(row: RowMapping) -> UUID:
+    """Whose webhook a delivery came by: an app's, or a gateway's channel's."""
+    source: UUID = row["app_id"] or row["channel_id"]
+    return source
+
+
+def tenants_of(s: Session, rows: list[RowMapping]) -> dict[UUID, UUID]:
+    """The tenant of each source that has one."""
+    gateways = gateways_of(s, rows)
+    return tenants_of_apps(s, rows) | {channel_id: place.tenant_id for channel_id, (place, _) in gateways.items()}
 
 
 def tenants_of_apps(s: Session, rows: list[RowMapping]) -> dict[UUID, UUID]:
     """The tenant of each app that has one; a shared app's letters are the operators'."""
-    return App.tenants_of(s, {row["app_id"] for row in rows if row["app_id"]})
+    apps = {row["app_id"] for row in rows if row["app_id"]}
+    return App.tenants_of(s, apps) if apps else {}
+
+
+def gateways_of(s: Session, rows: list[RowMapping]) -> dict[UUID, tuple[Place, set[str | None]]]:
+    """Of each channel that a delivery came for: its place, and the instances whose events may come with its tokens."""
+    found: dict[UUID, tuple[Place, set[str | None]]] = {}
+    channels = {row["channel_id"] for row in rows if row["channel_id"]}
+    for row in WebhookToken.owners(s, channels) if channels else ():
+        found.setdefault(row.channel_id, (Place(row.tenant_id, row.channel_id), set()))[1].add(row.instance)
+    return found
+
+
+def ask_about(channels: set[UUID]) -> None:
+    """Their gateways said that something changed: ask them how they stand. A lost bell costs minutes, not the news."""
+    if not channels:
+        return
+    from workers.status_sync import status_check  # here, since few bodies are of a connection
+
+    try:
+        for channel_id in sorted(channels):
+            status_check.send(str(channel_id))
+    except Exception as error:
+        if not is_redis_trouble(error):
+            raise
+        _log.warning("status_checks_not_rung", channels=len(channels), error=log.described(error))
 
 
 def delivery_letter(row: RowMapping, reason: str, tenant: UUID | None, path: str | None = None) -> dict[str, Any]:
@@ -370,7 +447,7 @@ def report(batch: list[Reading], bad: list[Reading], seconds: float) -> None:
         lag = (now - reading.row["received_at"]).total_seconds()
         metrics.delivery_lag.labels(provider=provider).observe(max(0.0, lag))
         for row in reading.letters:
-            kind = "foreign_id" if row["error"] is FOREIGN else "element" if row["path"] else "body"
+            kind = "foreign_id" if row["error"] in (FOREIGN, FOREIGN_INSTANCE) else "element" if row["path"] else "body"
             metrics.quarantined.labels(provider=provider, kind=kind).inc()
             if kind == "foreign_id":
                 metrics.security_events.labels(kind="foreign_id").inc()

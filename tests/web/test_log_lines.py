@@ -176,6 +176,8 @@ def test_an_accepted_body_is_told_by_ids_alone(web: Web, shop: Shop) -> None:
         "level",
         "timestamp",
         "provider",
+        "outcome",
+        "seconds",
         "delivery_id",
         "request_id",
         "app_id",
