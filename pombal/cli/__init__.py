@@ -14,7 +14,7 @@ import msgspec
 from pombal import __version__
 from pombal.errors import PombalError
 from pombal.settings import data_folder
-from sandbox.kinds import KINDS
+from sandbox.kinds import KINDS, MEGAAPI_KINDS, MEGAAPI_PLACES
 
 Setup = Callable[[argparse.ArgumentParser], None]
 _NARROWEST = 24  # characters of a column that is cut
@@ -112,6 +112,45 @@ def parser() -> argparse.ArgumentParser:
     media.add_argument("--id", default=None, help="only this file")
     media.add_argument("--summary", action="store_true", help="counts instead")
     media.add_argument("--clear", action="store_true", help="forget them, and set all counts to zero")
+    mega = _group(words, "megaapi", "a word to the simulated MegaAPI")
+    say = _add(mega, "say", "sandbox:mega_say", "a customer writes, or sends something of another kind")
+    say.add_argument("text", nargs="?", default=None)
+    say.add_argument("--kind", default=None, help="text, image, voice, document, location, poll, … (text)")
+    say.add_argument("--from", dest="from_", default=None, help="digits, or a JID")
+    say.add_argument("--group", default=None, help="JID of a group")
+    say.add_argument("--from-me", action="store_true", help="typed on the company's own phone")
+    connection = _add(mega, "connection", "sandbox:mega_connection", "an instance changes, and its webhook tells of it")
+    connection.add_argument("status", help="connected, disconnected, or any other word")
+    connection.add_argument("--silent", action="store_true", help="no webhook tells of it")
+    for word in (say, connection):
+        word.add_argument("--instance", default="demo-megaapi", help="name or key (demo-megaapi)")
+    _add(mega, "instances", "sandbox:mega_instances", "the instances, and how they stand", as_json=True)
+    calls = _add(mega, "calls", "sandbox:mega_calls", "what the simulated MegaAPI was asked", as_json=True)
+    calls.add_argument("--limit", type=int, default=20)
+    calls.add_argument("--place", default=None, choices=MEGAAPI_PLACES)
+    calls.add_argument("--instance", default=None, help="only this one")
+    calls.add_argument("--summary", action="store_true", help="counts instead")
+    calls.add_argument("--clear", action="store_true", help="forget them, and set all counts to zero")
+    faults = _add(
+        mega, "faults", "sandbox:mega_faults", "let things go wrong, list them, or mend all (--clear)", as_json=True
+    )
+    faults.add_argument("kind", nargs="?", choices=MEGAAPI_KINDS, metavar="KIND", help="one of those below")
+    faults.add_argument("--place", default=None, choices=MEGAAPI_PLACES, help="only there; else wherever it fits")
+    faults.add_argument("--instance", default=None, help="only this one")
+    faults.add_argument("--to", default=None, help="only this recipient's JID")
+    faults.add_argument("--share", type=float, default=None, help="of the calls, 0 to 1 (1)")
+    faults.add_argument("--count", type=int, default=None, help="ends after so many calls")
+    faults.add_argument("--seconds", type=float, default=None, help="ends after this time")
+    faults.add_argument("--http", type=int, default=None, help="status, for `html502…`")
+    faults.add_argument("--ms", type=int, default=None, help="for `latency`, and between the pieces of a `drip`")
+    faults.add_argument("--bytes", type=int, default=None, help="of a file: how many before it goes wrong, or more")
+    faults.add_argument("--word", default=None, help="the status of `unknown_word`")
+    faults.add_argument("--message", default=None, help="of `error_true` and `http…`")
+    faults.add_argument("--retry-after", type=int, default=None, help="seconds, a header of what is refused")
+    faults.add_argument("--location", default=None, help="URL, for `redirect`")
+    faults.add_argument("--clear", action="store_true", help="remove all, before setting one if a kind is given")
+    faults.formatter_class = argparse.RawDescriptionHelpFormatter
+    faults.epilog = "\n".join(["kinds:", *(f"  {kind:<17} {does}" for kind, does in MEGAAPI_KINDS.items())])
 
     tenant = _group(commands, "tenant", "companies")
     create = _add(tenant, "create", "admin:create_tenant", "a new tenant", as_json=True)
@@ -144,13 +183,14 @@ def parser() -> argparse.ArgumentParser:
     channel = _group(commands, "channel", "numbers on providers")
     create = _add(channel, "create", "admin:create_channel", "a new channel", as_json=True)
     create.add_argument("tenant")
-    create.add_argument("kind", choices=["meta"])
+    create.add_argument("kind", choices=["meta", "megaapi", "stub"])
     create.add_argument("--name", required=True)
     create.add_argument(
         "--config",
         required=True,
-        help='JSON: "phone_number_id", "waba_id", to send "access_token" and what `channel set` takes, and for an app '
-        'of its own "app_secret", "verify_token", "app"',
+        help='JSON, or - to read it from standard input. Of meta: "phone_number_id", "waba_id", to send "access_token" '
+        'and what `channel set` takes, and for an app of its own "app_secret", "verify_token", "app". Of megaapi: '
+        '"instance_key", "host" and "token" (MEGA_API_HOST, MEGA_API_TOKEN), and what `channel set` takes. Of stub: {}',
     )
     listing = _add(channel, "list", "admin:list_channels", "a tenant's channels", as_json=True)
     listing.add_argument("tenant")
@@ -159,12 +199,27 @@ def parser() -> argparse.ArgumentParser:
     change.add_argument(
         "--config",
         required=True,
-        help='JSON: "messages_per_second" (80), "on_unknown" ("once_more" or "ask"), "settle_seconds" (60), "default" '
-        "(true: for requests that name no channel); null puts one back",
+        help='JSON, or - for standard input: "messages_per_second" (80; megaapi 5), "on_unknown" ("once_more" or '
+        '"ask"), "settle_seconds" (60), "default" (true: for requests that name no channel); of megaapi also '
+        '"silent_after_hours" (24; 0: never) and "token_kind" ("instance" or "host"); null puts one back',
     )
-    for word in (token, change):
+    connect = _add(
+        channel, "connect", "gateways:connect", "have a gateway deliver a channel's events to us", as_json=True
+    )
+    connect.add_argument("--url", required=True, help="our public address, such as https://pombal.example")
+    connect.add_argument("--new-token", action="store_true", help="with a new token; then the old one is ended")
+    restart = _add(channel, "restart", "gateways:restart", "let a gateway's session connect anew; its pairing is kept")
+    logout = _add(channel, "logout", "gateways:logout", "end a pairing: it takes a new QR code to connect again")
+    logout.add_argument("--yes", action="store_true", help="do not ask")
+    qr = _add(channel, "qr", "gateways:qr", "the QR code to scan with the phone, as a picture")
+    qr.add_argument("--out", default=None, metavar="FILE", help="where to (NAME-qr.png in this folder)")
+    for word in (token, change, connect, restart, logout, qr):
         word.add_argument("tenant")
         word.add_argument("name", help="of the channel; or its id, or the end of it that `pombal lanes` shows")
+
+    status = _add(channel, "status", "standing:status", "how the sessions of channels stand", as_json=True)
+    status.add_argument("tenant", nargs="?", default=None, help="only this one's")
+    status.add_argument("--check", action="store_true", help="ask their providers now; nothing is written")
 
     template = _group(commands, "template", "message templates, and what Meta thinks of them")
     sync = _add(template, "sync", "templates:sync", "ask Meta for all of them", as_json=True)

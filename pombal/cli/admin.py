@@ -14,9 +14,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from models import ApiKey, App, Channel, ChannelKind, Route, RouteKind, Tenant
+from models import ApiKey, App, Channel, ChannelKind, ChannelStatus, Route, RouteKind, Tenant
 from models.api_key import SCOPES
 from models.app import DEFAULT_SLUG
+from models.standing import POLLED
 from pombal import db
 from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
@@ -28,11 +29,14 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHORTEST_SECRET = 8  # characters; Meta's app secrets have 32
 _TOKEN = re.compile(r"[!-~]{1,4096}")  # what a header can carry
 _SHORT_ID = re.compile(r"[0-9a-f]{4,32}")
+_MOST_READ = 64 * 1024  # characters of standard input
 
 _MUST_BE = {
     "messages_per_second": "a number above 0 and at most 100000",
     "settle_seconds": "a number from 1 to 3600",
     "default": "true or false",
+    "silent_after_hours": "a number from 0 to 8760",
+    "token_kind": "instance or host",
 }  # what is not a text
 
 C = TypeVar("C", bound="SendingConfig")
@@ -52,6 +56,7 @@ class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     example: ClassVar[str] = '{"messages_per_second": 80}'
+    SETTINGS: ClassVar[frozenset[str]] = frozenset({"messages_per_second", "on_unknown", "settle_seconds", "default"})
 
     messages_per_second: Annotated[float, msgspec.Meta(gt=0, le=100_000)] | UnsetType | None = UNSET
     on_unknown: str | UnsetType | None = UNSET
@@ -62,7 +67,7 @@ class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """A channel's `config` with these settings in it. Raises `Refused`."""
         if self.on_unknown not in (UNSET, None, "once_more", "ask"):
             raise Refused("on_unknown must be once_more or ask")
-        given = {field: getattr(self, field) for field in SendingConfig.__struct_fields__}
+        given = {field: getattr(self, field) for field in self.__struct_fields__ if field in self.SETTINGS}
         merged = config | {field: value for field, value in given.items() if value is not UNSET}
         return {field: value for field, value in merged.items() if value is not None}
 
@@ -84,7 +89,7 @@ class MetaConfig(SendingConfig, forbid_unknown_fields=True, kw_only=True):
 
 def create_tenant(given: Namespace) -> int:
     tenant = add_tenant(given.slug, given.name)
-    _show(given, {"id": tenant.id, "slug": tenant.slug, "name": tenant.name})
+    show(given, {"id": tenant.id, "slug": tenant.slug, "name": tenant.name})
     return 0
 
 
@@ -113,7 +118,7 @@ def create_key(given: Namespace) -> int:
     if unknown:
         raise Refused(f"unknown scope {unknown[0]}; there are {', '.join(SCOPES)}")
     key, text = add_key(tenant_named(given.tenant).id, given.name, tuple(given.scope or SCOPES))
-    _show(given, {"id": key.id, "api_key": text, "scopes": key.scopes})
+    show(given, {"id": key.id, "api_key": text, "scopes": key.scopes})
     if not given.json:
         say("This key is shown once; only its hash is kept.")
     return 0
@@ -161,27 +166,39 @@ def revoke_key(given: Namespace) -> int:
         if key is None:
             raise Refused("this tenant has no such key")
         key.revoked_at = key.revoked_at or s.scalar(select(func.now()))
-    _show(given, {"id": key.id, "revoked_at": key.revoked_at})
+    show(given, {"id": key.id, "revoked_at": key.revoked_at})
     return 0
 
 
 def create_channel(given: Namespace) -> int:
+    if given.kind != ChannelKind.META:
+        from pombal.cli import gateways  # which needs what is here
+
+        return gateways.create(given)
     require_secrets()
     config = decoded(given.config, MetaConfig)
     channel, app = add_meta_channel(tenant_named(given.tenant), given.name, config)
     path = "/webhooks/whatsapp" + ("" if app.slug == DEFAULT_SLUG else f"/{app.slug}")
-    _show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "app": app.slug, "webhook": path})
+    show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "app": app.slug, "webhook": path})
     return 0
 
 
 def decoded(config: str, into: type[C]) -> C:
-    """What `--config` says. Raises `Refused` with the field's name and what it may be, without repeating a value."""
+    """What `--config` says, or standard input where it is `-`, so that no secret is in the list of processes.
+
+    Raises `Refused` with the field's name and what it may be, without repeating a value.
+    """
     try:
-        return msgspec.json.decode(config, type=into)
+        return msgspec.json.decode(read_in() if config == "-" else config, type=into)
     except msgspec.ValidationError as error:
         raise Refused(f"--config: {_explained(str(error), into)}") from None
     except (msgspec.DecodeError, UnicodeError):
         raise Refused(f"--config is not JSON; it looks like {into.example}") from None
+
+
+def read_in() -> str:
+    """Standard input: all of a file or pipe, since half of a secret must not pass for it, or a line of a terminal."""
+    return (sys.stdin.readline() if sys.stdin.isatty() else sys.stdin.read(_MOST_READ)).strip()
 
 
 def _explained(said: str, into: type[SendingConfig]) -> str:
@@ -227,12 +244,12 @@ def add_meta_channel(tenant: Tenant, name: str, config: MetaConfig) -> tuple[Cha
     return channel, app
 
 
-def usable_token(text: str) -> str:
+def usable_token(text: str, name: str = "access_token") -> str:
     """An access token that can go into a header. Raises `Refused`, without repeating it."""
     if re.search(r"\s", text):
-        raise Refused("access_token has a blank in it: give the token alone, in one piece")
+        raise Refused(f"{name} has a blank in it: give the token alone, in one piece")
     if not _TOKEN.fullmatch(text):
-        raise Refused("access_token must be printable ASCII, at most 4096 characters")
+        raise Refused(f"{name} must be printable ASCII, at most 4096 characters")
     return text
 
 
@@ -287,7 +304,7 @@ def rotate_app(given: Namespace) -> int:
         else:
             secrets = _with_the_one_before(secret, kept["app_secrets"])
         app.seal(app_secrets=secrets, verify_token=kept["verify_token"])
-    _show(given, {"app": app.slug, "valid_secrets": len(secrets)})
+    show(given, {"app": app.slug, "valid_secrets": len(secrets)})
     return 0
 
 
@@ -300,7 +317,14 @@ def list_channels(given: Namespace) -> int:
     with db.session([tenant.id]) as s:
         rows = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id).order_by(Channel.name))
         found: list[dict[str, object]] = [
-            {"id": c.id, "kind": c.kind, "name": c.name, "config": c.config, "has_secrets": c.sealed is not None}
+            {
+                "id": c.id,
+                "kind": c.kind,
+                "name": c.name,
+                "status": c.status or (ChannelStatus.UNKNOWN if c.kind in POLLED else None),
+                "config": c.config,
+                "has_secrets": c.sealed is not None,
+            }
             for c in rows
         ]
     as_json(found) if given.json else table(found, empty="no channels")
@@ -345,6 +369,12 @@ def channel_with_id(s: Session, text: str, *where: ColumnElement[bool]) -> Chann
     return found[0] if found else None
 
 
+def locked(s: Session, channel: Channel) -> Channel:
+    """The channel as it is now, until the end of the transaction."""
+    key = (Channel.tenant_id == channel.tenant_id, Channel.id == channel.id)
+    return s.scalars(select(Channel).where(*key).with_for_update(key_share=True)).one()
+
+
 def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
@@ -352,7 +382,8 @@ def _uuid(text: str) -> UUID:
         raise Refused(f"{text} is not an id") from None
 
 
-def _show(given: Namespace, values: dict[str, Any]) -> None:
+def show(given: Namespace, values: dict[str, Any]) -> None:
+    """One thing's fields, a line each."""
     if given.json:
         as_json(values)
     else:

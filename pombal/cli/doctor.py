@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from pombal import db
 from pombal.cli import as_json, parser, say
 from pombal.cli.fleet import ROOT, queues
-from pombal.errors import Misconfigured
+from pombal.errors import Misconfigured, Rejected
 from pombal.settings import check_secrets, settings
 
 _MOST_NAMES = 10
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 def doctor(given: Namespace) -> int:
     """Exit code 1 when there is an error; warnings and notes alone are 0."""
-    findings = [*_python(), *_secrets(), *_graph(), *_postgres(), *_redis(), *_storage(), *_procfile()]
+    findings = [*_python(), *_secrets(), *_graph(), *_gateways(), *_postgres(), *_redis(), *_storage(), *_procfile()]
     if given.json:
         as_json([finding._asdict() for finding in findings])
     else:
@@ -56,6 +56,26 @@ def _graph() -> Iterator[Finding]:
         yield Finding("error", str(error))
         return
     yield Finding("ok", f"messages are sent through {urlsplit(base_url).hostname}, version {version}")
+
+
+def _gateways() -> Iterator[Finding]:
+    """Whether what stands in for a channel's own host and token can be used."""
+    from providers.megaapi import normal_host
+
+    host, has_token = settings().mega_api_host, bool(settings().mega_api_token)
+    if host:
+        try:
+            normal_host(host)
+        except Rejected as error:
+            yield Finding("error", f"MEGA_API_HOST: {error}")
+            return
+        yield Finding("ok", "MEGA_API_HOST is set" + ("" if has_token else "; MEGA_API_TOKEN is not"))
+    elif has_token:
+        yield Finding("warning", "MEGA_API_TOKEN is set and used nowhere: it goes to MEGA_API_HOST alone")
+    try:
+        settings().require_media_networks()
+    except Misconfigured as error:
+        yield Finding("error", str(error))
 
 
 def _storage() -> Iterator[Finding]:
@@ -133,20 +153,35 @@ def _unreadable_secrets() -> Iterator[Finding]:
 def _without_token() -> Iterator[Finding]:
     from models import Channel, ChannelKind, Tenant
 
-    missing = []
+    missing, homeless = [], []
+    by_instance: dict[tuple[str, str], list[str]] = {}
     with db.session() as s:
         db.see_all(s)
-        meta = select(Channel, Tenant.slug).join(Tenant, Tenant.id == Channel.tenant_id)
-        for channel, slug in s.execute(
-            meta.where(Channel.kind == ChannelKind.META).order_by(Tenant.slug, Channel.name)
-        ):
+        joined = select(Channel, Tenant.slug).join(Tenant, Tenant.id == Channel.tenant_id)
+        kinds = (ChannelKind.META, ChannelKind.MEGAAPI)
+        for channel, slug in s.execute(joined.where(Channel.kind.in_(kinds)).order_by(Tenant.slug, Channel.name)):
+            name = f"{slug}/{channel.name}"
             try:
-                if not channel.secrets().get("access_token"):
-                    missing.append(f"{slug}/{channel.name}")
+                secrets = channel.secrets()
             except Misconfigured as error:
                 yield Finding("error", str(error))
+                continue
+            if channel.kind == ChannelKind.META:
+                missing += [] if secrets.get("access_token") else [name]
+                continue
+            host = channel.config.get("host") or settings().mega_api_host
+            if not host:
+                homeless.append(name)
+            elif not (secrets.get("token") or settings().mega_api_token):
+                missing.append(name)
+            by_instance.setdefault((host, channel.config.get("instance_key", "")), []).append(name)
     if missing:
         yield Finding("warning", f"no access token, so nothing can be sent (`pombal channel token`): {_some(missing)}")
+    if homeless:
+        yield Finding("warning", f"no host, and MEGA_API_HOST is not set: {_some(homeless)}")
+    for names in by_instance.values():
+        if len(names) > 1:
+            yield Finding("warning", f"one instance, several channels; its events go to one of them: {_some(names)}")
 
 
 def _held() -> Iterator[Finding]:

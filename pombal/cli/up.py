@@ -35,11 +35,13 @@ from pombal.settings import settings
 from pombal.supervisor import Command, Supervisor
 
 if TYPE_CHECKING:
-    from models import Channel
+    from models import Channel, Tenant
 
-_PROCESSES = ("sandbox", "web", "worker", "media", "clock")
+_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "clock")
 _SANDBOX_PORT = 9010
 _PERSON = "5511944440001"
+_GATEWAYS_NUMBER = "5511955550200"
+_LOOPBACK = "127.0.0.1/32"
 # What the simulated Meta has approved of the demo channel, and what it has not.
 _TEMPLATES = [
     {"name": name, "language": language, "status": status, "category": category}
@@ -155,11 +157,11 @@ def _start_servers(running: ExitStack, given: Namespace, data: Path) -> list[Ser
 
 
 def _send_to_sandbox(data: Path, url: str) -> None:
-    """Let the simulated Meta be where messages are sent, unless another address is given."""
-    name = "WHATSAPP_GRAPH_URL"
-    if os.environ.get(name, "") in ("", read_env(data).get(name)):  # a shell may export what an earlier start wrote
-        os.environ[name] = url
-        settings.cache_clear()
+    """Let messages be sent to the simulated Meta, and a gateway on this machine be reached, unless told otherwise."""
+    for name, value in (("WHATSAPP_GRAPH_URL", url), ("MEDIA_ALLOWED_NETWORKS", _LOOPBACK)):
+        if os.environ.get(name, "") in ("", read_env(data).get(name)):  # a shell may export what an earlier start wrote
+            os.environ[name] = value
+            settings.cache_clear()
 
 
 def _secret_keys(data: Path) -> str:
@@ -176,27 +178,16 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     base_url, sandbox_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{sandbox_port}"
     file = data / "demo.json"
     demo: dict[str, Any] = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
-    demo = _demo_tenant(demo)
+    demo = _demo_tenant(demo, sandbox_url)
     given = settings()
     demo |= {
         "base_url": base_url,
         "database_url": given.require_database(),
         "redis_url": given.require_redis(),
-        "sandbox": {"meta": sandbox_url},
+        "sandbox": {"meta": sandbox_url, "megaapi": sandbox_url},
     }
     _write(file, demo)
-    channels = [channel for tenant in demo["tenants"] for channel in tenant["channels"] if channel["kind"] == "meta"]
-    names = ("name", "phone_number_id", "waba_id", "access_token")
-    apps = [
-        {
-            "url": f"{base_url}/webhooks/whatsapp",
-            "app_secret": channel["app_secret"],
-            "verify_token": channel["verify_token"],
-            "channels": [{name: channel[name] for name in names} | {"templates": _TEMPLATES}],
-        }
-        for channel in channels
-    ]
-    _write(data / "sandbox.json", {"apps": apps})
+    _write(data / "sandbox.json", _played(demo, base_url))
     extra = {
         "POMBAL_SECRET_KEYS": given.secret_keys,
         "POMBAL_MODE": given.mode,
@@ -205,31 +196,71 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     }
     if os.environ.get("WHATSAPP_GRAPH_URL"):
         extra["WHATSAPP_GRAPH_URL"] = given.whatsapp_graph_url
+    if given.media_allowed_networks:
+        extra["MEDIA_ALLOWED_NETWORKS"] = given.media_allowed_networks
     write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
     return demo
 
 
-def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
+def _played(demo: dict[str, Any], base_url: str) -> dict[str, Any]:
+    """What the sandbox is to play: the provider of each channel that `demo.json` knows."""
+    channels = [(tenant, channel) for tenant in demo["tenants"] for channel in tenant["channels"]]
+    names = ("name", "phone_number_id", "waba_id", "access_token")
+    apps = [
+        {
+            "url": f"{base_url}/webhooks/whatsapp",
+            "app_secret": channel["app_secret"],
+            "verify_token": channel["verify_token"],
+            "channels": [{name: channel[name] for name in names} | {"templates": _TEMPLATES}],
+        }
+        for _, channel in channels
+        if channel["kind"] == "meta"
+    ]
+    instances = [
+        {
+            **{name: channel[name] for name in ("name", "instance_key", "token")},
+            "status": "connected",
+            "number": _GATEWAYS_NUMBER,
+            "webhook_url": f"{base_url}/api/webhooks/whatsapp/{tenant['slug']}?token={channel['webhook_token']}",
+        }
+        for tenant, channel in channels
+        if channel["kind"] == "megaapi"
+    ]
+    return {"apps": apps, "megaapi": {"host_token": None, "instances": instances}}
+
+
+def _demo_tenant(kept: dict[str, Any], sandbox_url: str) -> dict[str, Any]:
     """What `demo.json` has to say of the demo tenant: what it said, if the database agrees, else what is found or made.
 
     An earlier start may have been killed between the database and the file, or have used another database.
     """
-    from sqlalchemy import select
-
-    from models import App, Channel, Tenant
+    from models import Tenant
     from pombal import db
     from pombal.cli import admin  # needs the addresses in the environment
 
     with db.session() as s:
         tenant = s.scalars(Tenant.by_slug("demo")).first()
     tenant = tenant or admin.add_tenant("demo", "Demo")
-    with db.session([tenant.id]) as s:
-        channel = s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == "demo-meta")).first()
-        app = s.get(App, channel.app_id) if channel else None
-    if channel and kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == str(channel.id):
-        kept["tenants"][0]["channels"][0]["access_token"] = _access_token(channel)
+    channels = [_demo_meta(tenant), _demo_megaapi(tenant, sandbox_url), _demo_stub(tenant)]
+    if kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == channels[0]["id"]:
+        ours = {channel["id"] for channel in channels}
+        others = [channel for channel in kept["tenants"][0]["channels"] if channel["id"] not in ours]
+        kept["tenants"][0]["channels"] = channels + others
         return kept
-    if channel is None or app is None:
+    _, api_key = admin.add_key(tenant.id, "demo")
+    return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": channels, "sip": []}]}
+
+
+def _demo_meta(tenant: "Tenant") -> dict[str, Any]:
+    """The channel for requests that name none, also where an earlier version made it the only one."""
+    from sqlalchemy import select
+
+    from models import App, Channel
+    from pombal import db
+    from pombal.cli import admin
+
+    channel = _channel_of(tenant, "demo-meta")
+    if channel is None or channel.app_id is None:
         config = admin.MetaConfig(
             phone_number_id="880011223344556",
             waba_id="700100200300400",
@@ -238,13 +269,18 @@ def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
             app_secret=new_token(),
             verify_token=new_token(),
             access_token=new_token(),
+            default=True,
         )
-        channel, app = admin.add_meta_channel(tenant, "demo-meta", config)
-    _, api_key = admin.add_key(tenant.id, "demo")
-    secrets = app.secrets()
-    shown = {
+        channel, _ = admin.add_meta_channel(tenant, "demo-meta", config)
+    with db.session([tenant.id]) as s:
+        all_of_them = list(s.scalars(select(Channel).where(Channel.tenant_id == tenant.id)))
+        if not any(one.config.get("default") for one in all_of_them):
+            found = admin.locked(s, channel)
+            found.config = found.config | {"default": True}
+        secrets = s.get_one(App, channel.app_id).secrets()
+    return {
         "id": str(channel.id),
-        "kind": "meta",
+        "kind": channel.kind,
         "name": channel.name,
         "phone_number_id": channel.config["phone_number_id"],
         "waba_id": channel.config["waba_id"],
@@ -252,7 +288,49 @@ def _demo_tenant(kept: dict[str, Any]) -> dict[str, Any]:
         "verify_token": secrets["verify_token"],
         "access_token": _access_token(channel),
     }
-    return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": [shown], "sip": []}]}
+
+
+def _demo_megaapi(tenant: "Tenant", sandbox_url: str) -> dict[str, Any]:
+    """A channel on the simulated gateway, wherever that is this time."""
+    from pombal import db
+    from pombal.cli import admin, gateways
+
+    channel = _channel_of(tenant, "demo-megaapi")
+    if channel is None:
+        config = gateways.MegaConfig(host=sandbox_url, instance_key="megastart-demo", token=new_token())
+        channel, _ = gateways.add_mega_channel(tenant, "demo-megaapi", config)
+    with db.session([tenant.id]) as s:
+        found = admin.locked(s, channel)
+        if found.config["host"].startswith("http://127.0.0.1:"):
+            found.config = found.config | {"host": sandbox_url}
+        config_now, secrets = found.config, found.secrets()
+    return {
+        "id": str(channel.id),
+        "kind": channel.kind,
+        "name": channel.name,
+        "host": config_now["host"],
+        "instance_key": config_now["instance_key"],
+        "token": secrets["token"],
+        "webhook_token": secrets["webhook_token"],
+    }
+
+
+def _demo_stub(tenant: "Tenant") -> dict[str, Any]:
+    from pombal.cli import gateways
+
+    channel = _channel_of(tenant, "demo-stub")
+    channel = channel or gateways.add_stub_channel(tenant, "demo-stub", gateways.StubConfig())
+    return {"id": str(channel.id), "kind": channel.kind, "name": channel.name}
+
+
+def _channel_of(tenant: "Tenant", name: str) -> "Channel | None":
+    from sqlalchemy import select
+
+    from models import Channel
+    from pombal import db
+
+    with db.session([tenant.id]) as s:
+        return s.scalars(select(Channel).where(Channel.tenant_id == tenant.id, Channel.name == name)).first()
 
 
 def _access_token(channel: "Channel") -> str:
@@ -282,9 +360,10 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
     arguments = {
         "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
-        # Apart, as in the Procfile: a slow download must not keep a thread from webhooks.
-        "worker": ["worker", *(queue for queue in queues() if queue != "download_media")],
+        # Apart, as in the Procfile: a slow download, or gateways that hang, must not keep a thread from webhooks.
+        "worker": ["worker", *(queue for queue in queues() if queue not in ("download_media", "status_sync"))],
         "media": ["worker", "download_media", "--threads", "24"],
+        "upkeep": ["worker", "status_sync"],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}
@@ -348,6 +427,7 @@ def _welcome(
         *([f'  {pombal} sandbox say --channel demo-meta "Olá"'] if "sandbox" in wanted else []),
         "",
         *(_sending(port, tenant["api_key"], pombal) if os.environ.get("WHATSAPP_GRAPH_URL") else []),
+        *_gateway(port, tenant, pombal),
     ]
     supervisor.say(f"ready after {time.monotonic() - began:.1f} s")
     supervisor.show(lines)
@@ -361,6 +441,29 @@ def _sending(port: int, api_key: str, pombal: str) -> list[str]:
         f"    -H 'Authorization: Bearer {api_key}' \\",
         f"    -d '{text}'",
         f"  {pombal} lanes",
+        "",
+    ]
+
+
+def _gateway(port: int, tenant: dict[str, Any], pombal: str) -> list[str]:
+    """How a gateway delivers a text, flat and unsigned: the token in its URL is the proof (megaapi.md, "Webhooks")."""
+    channel = next(one for one in tenant["channels"] if one["kind"] == "megaapi")
+    body = {
+        "instance_key": channel["instance_key"],
+        "jid": f"{_GATEWAYS_NUMBER}@s.whatsapp.net",
+        "messageType": "conversation",
+        "key": {"remoteJid": f"{_PERSON}@s.whatsapp.net", "fromMe": False, "id": uuid7().hex.upper()},
+        "messageTimestamp": int(time.time()),
+        "pushName": "Bia",
+        "broadcast": False,
+        "message": {"conversation": "Boa tarde"},
+        "isGroup": False,
+    }
+    url = f"http://127.0.0.1:{port}/api/webhooks/whatsapp/{tenant['slug']}?token={channel['webhook_token']}"
+    return [
+        f"  curl -i '{url}' -H 'Content-Type: application/json' \\",
+        f"    -d '{msgspec.json.encode(body).decode()}'",
+        f"  {pombal} channel status {tenant['slug']}",
         "",
     ]
 

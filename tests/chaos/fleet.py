@@ -183,7 +183,8 @@ class Fleet:
     def wanted(self) -> list[str]:
         if "--procs" in self.options:
             return self.options[self.options.index("--procs") + 1].split(",")
-        return [name for name in ("sandbox", "web", "worker", "media", "clock") if f"--no-{name}" not in self.options]
+        names = ("sandbox", "web", "worker", "media", "upkeep", "clock")
+        return [name for name in names if f"--no-{name}" not in self.options]
 
     # ---------------------------------------------------------------------------------------------------- processes
 
@@ -226,7 +227,7 @@ class Fleet:
         """SIGKILL and nothing more."""
         pid = self.identity(name)
         assert pid is not None
-        if name in ("worker", "media"):
+        if name in ("worker", "media", "upkeep"):
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)
