@@ -1,18 +1,27 @@
 """One round of the status sync that somebody asked for, or that was due: for whom, where it stands, what it found.
 
+At most one of each kind is open for each tenant, and one round runs at a time: who makes it has the lease `status_sync`
+(`models/clockwork.py`). A report that is running while nobody has the lease is one whose process died.
+
 A report of the whole fleet belongs to no tenant, so the table has no tenant policy; a route serves a report only by its
 id together with its tenant, or to the operator.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ForeignKey, Index, text
-from sqlalchemy.orm import Mapped, mapped_column
+import msgspec
+from sqlalchemy import ForeignKey, Index, RowMapping, select, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Dated, id_column
+from pombal.ids import uuid7
+
+LEASE = "status_sync"
+_RING_AGAIN = timedelta(seconds=10)
+_KEPT = timedelta(days=7)
 
 
 class ReportState(StrEnum):
@@ -40,8 +49,124 @@ class SyncReport(Dated, Base):
     id: Mapped[UUID] = id_column()
     tenant_id: Mapped[UUID | None] = mapped_column(ForeignKey("tenant.id", ondelete="CASCADE"))  # None: all of them
     is_dry: Mapped[bool]
+    is_due: Mapped[bool] = mapped_column(server_default=text("false"))  # by the schedule: it may take its time
     state: Mapped[str] = mapped_column(server_default=ReportState.PENDING)
+    next_ring_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     result: Mapped[dict[str, Any] | None]
     error: Mapped[str | None]
+
+    @staticmethod
+    def open(s: Session, tenant_id: UUID | None, *, is_dry: bool, is_due: bool = False) -> tuple[UUID, bool]:
+        """The id of the report that is on its way, and whether this call made it. Whoever made it rings."""
+        given = {"tenant_id": tenant_id, "is_dry": is_dry}
+        while True:
+            made = s.scalar(_OPEN, {**given, "id": uuid7(), "is_due": is_due, "again": _RING_AGAIN})
+            if made is not None:
+                return made, True
+            found = s.scalar(_OPEN_ONE, given)
+            if found is not None:  # else it ended just now
+                return found, False
+
+    @staticmethod
+    def begin(s: Session, id_: UUID) -> RowMapping | None:
+        """It runs from now on: its columns and `waited`, the seconds since it was asked for. Only with the lease.
+
+        None when it is not pending, or a round over all waits: tenants who ask on and on must not keep that back.
+        """
+        return s.execute(_BEGIN, {"id": id_}).mappings().first()
+
+    @staticmethod
+    def finish(s: Session, id_: UUID, result: dict[str, Any]) -> bool:
+        """Keep what it found. False when it was given up meanwhile."""
+        given = {"id": id_, "result": msgspec.json.encode(result).decode()}
+        return s.execute(_FINISH, given).first() is not None
+
+    @staticmethod
+    def fail(s: Session, id_: UUID, error: str) -> None:
+        s.execute(_FAIL, {"id": id_, "error": error})
+
+    @staticmethod
+    def fail_dead(s: Session) -> list[UUID]:
+        """Give up what runs in no process any more. Only with the lease, and before anything runs under it."""
+        return list(s.scalars(_FAIL_DEAD))
+
+    @staticmethod
+    def put_back(s: Session, id_: UUID) -> None:
+        """Let another process make it."""
+        s.execute(_PUT_BACK, {"id": id_})
+
+    @staticmethod
+    def to_ring(s: Session, *, at_once: bool = False) -> UUID | None:
+        """The next report that waits while nobody makes one, unless it was rung for lately. Notes that it is rung for.
+
+        `at_once`: even then.
+        """
+        given = {"lease": LEASE, "again": _RING_AGAIN, "at_once": at_once}
+        id_: UUID | None = s.scalar(_TO_RING, given)
+        return id_
+
+    @staticmethod
+    def forget(s: Session) -> None:
+        """Drop what is older than a week."""
+        s.execute(_FORGET, {"kept": _KEPT})
+
+    @staticmethod
+    def of(s: Session, id_: UUID, tenant_id: UUID | None) -> "SyncReport | None":
+        """A tenant's own report; None: the fleet's."""
+        whose = SyncReport.tenant_id.is_(None) if tenant_id is None else SyncReport.tenant_id == tenant_id
+        return s.scalars(select(SyncReport).where(SyncReport.id == id_, whose)).first()
+
+
+_OPEN = text("""
+    INSERT INTO sync_report (id, tenant_id, is_dry, is_due, next_ring_at)
+    VALUES (:id, :tenant_id, :is_dry, :is_due, now() + :again)
+    ON CONFLICT DO NOTHING RETURNING id
+""")
+
+_OPEN_ONE = text("""
+    SELECT id FROM sync_report
+    WHERE tenant_id IS NOT DISTINCT FROM :tenant_id AND is_dry = :is_dry AND state IN ('pending', 'running')
+""")
+
+_BEGIN = text("""
+    UPDATE sync_report AS r SET state = 'running', started_at = clock_timestamp()
+    WHERE id = :id AND state = 'pending' AND (tenant_id IS NULL OR NOT EXISTS (
+        SELECT FROM sync_report AS o WHERE o.tenant_id IS NULL AND o.state = 'pending'
+    ))
+    RETURNING id, tenant_id, is_dry, is_due, extract(epoch FROM clock_timestamp() - created_at)::float8 AS waited
+""")
+
+_FINISH = text("""
+    UPDATE sync_report SET state = 'done', finished_at = clock_timestamp(), result = CAST(:result AS jsonb)
+    WHERE id = :id AND state = 'running' RETURNING 1
+""")
+
+_FAIL = text("""
+    UPDATE sync_report SET state = 'failed', finished_at = clock_timestamp(), error = :error
+    WHERE id = :id AND state = 'running'
+""")
+
+_FAIL_DEAD = text("""
+    UPDATE sync_report SET state = 'failed', finished_at = clock_timestamp(), error = 'its process ended'
+    WHERE state = 'running' RETURNING id
+""")
+
+_PUT_BACK = text("""
+    UPDATE sync_report SET state = 'pending', started_at = NULL, next_ring_at = NULL
+    WHERE id = :id AND state = 'running'
+""")
+
+_TO_RING = text("""
+    UPDATE sync_report SET next_ring_at = now() + :again
+    WHERE id = (
+        SELECT id FROM sync_report
+        WHERE state IN ('pending', 'running') AND (next_ring_at IS NULL OR next_ring_at <= now() OR :at_once)
+            AND NOT EXISTS (SELECT FROM lease WHERE name = :lease AND until > now())
+        ORDER BY tenant_id IS NOT NULL, id LIMIT 1 FOR UPDATE SKIP LOCKED
+    )
+    RETURNING id
+""")
+
+_FORGET = text("DELETE FROM sync_report WHERE created_at < now() - CAST(:kept AS interval)")

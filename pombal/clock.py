@@ -24,9 +24,11 @@ from models import Lane, Lease
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, broker, redis_client
 from pombal.middleware import is_store_trouble
+from workers._sessions import ring_sessions
 from workers.download_media import ring_media
 from workers.incoming_message import ring_waiting
 from workers.outgoing_message import ring_lanes
+from workers.status_sync import ring_reports
 
 _log = log.get()
 
@@ -93,12 +95,14 @@ class Clock:
                 at_once = self._sight.lost_the_queues()
                 rung, lanes = ring_waiting(at_once=at_once), ring_lanes(at_once=at_once)
                 files = ring_media(at_once=at_once)
+                sessions, reports = ring_sessions(at_once=at_once), ring_reports(at_once=at_once)
                 self._sight.saw()
                 with db.session() as s:
                     Lease.finished(s, "sweep", self._token)
                     next_due = Lane.seconds_until_due(s)
-                if rung or lanes or files:
-                    _log.info("sweep_rang", deliveries=rung, lanes=lanes, files=files)
+                if rung or lanes or files or sessions or reports:
+                    counts = {"deliveries": rung, "lanes": lanes, "files": files}
+                    _log.info("sweep_rang", **counts, sessions=sessions, reports=reports)
                 if next_due is not None:  # scheduled messages leave on time
                     pause = min(pause, max(next_due, _SHORTEST_PAUSE))
             self._stop.wait(pause)

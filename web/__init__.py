@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pombal import metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
-from web import errors, health, media, messages, status, uploads, webhooks
+from web import errors, health, media, messages, sessions, status, sync, uploads, webhooks
 from web.inbox import Inbox
 from web.outbox import Outbox
 from web.signatures import Apps
+from web.tokens import Tokens
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -25,6 +26,7 @@ class State(TypedDict):
     inbox: Inbox
     outbox: Outbox
     apps: Apps
+    tokens: Tokens
 
 
 class RequestId:
@@ -57,7 +59,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[State]:
     outbox = Outbox()
     outbox.start()
     try:
-        yield {"inbox": inbox, "outbox": outbox, "apps": Apps()}
+        yield {"inbox": inbox, "outbox": outbox, "apps": Apps(), "tokens": Tokens()}
     finally:
         await inbox.stop()
         await outbox.stop()
@@ -70,14 +72,24 @@ app = Starlette(
         Route("/webhooks/whatsapp/{app}", webhooks.meta, methods=["POST"]),
         Route("/webhooks/whatsapp", webhooks.meta_handshake, methods=["GET"]),
         Route("/webhooks/whatsapp/{app}", webhooks.meta_handshake, methods=["GET"]),
+        Route("/api/webhooks/whatsapp/{organization}", webhooks.megaapi, methods=["POST"]),
         Route("/api/v1/messages", messages.send, methods=["POST"]),
         Route("/api/v1/messages/{id}", messages.message, methods=["GET"]),
         Route("/api/v1/messages/{id}", messages.cancel, methods=["DELETE"]),
         Route("/api/messages/send", messages.send_the_old_way, methods=["POST"]),
         Route("/api/v1/media", uploads.upload, methods=["POST"]),
         Route("/api/v1/media/{id}", media.media, methods=["GET"]),
+        Route("/api/v1/whatsapp/session/start", sessions.start, methods=["POST"]),
+        Route("/api/v1/whatsapp/session/status", sessions.status, methods=["GET"]),
+        Route("/api/v1/whatsapp/session/qr", sessions.qr, methods=["GET"]),
+        Route("/api/v1/whatsapp/session", sessions.stop, methods=["DELETE"]),
+        Route("/api/v1/whatsapp/messages", sessions.send, methods=["POST"]),
         Route("/api/v1/channels", status.channels),
         Route("/api/v1/channels/{id}", status.channel),
+        Route("/api/sync-instance-status", sync.differences, methods=["GET"]),
+        Route("/api/sync-instance-status", sync.apply, methods=["POST"]),
+        Route("/api/sync-instance-status/{id}", sync.report, methods=["GET"]),
+        Route("/api/cron/sync-status", sync.cron, methods=["GET", "POST"]),
         Route("/health", health.health),
         Route("/ready", health.ready),
         Route("/metrics", health.fleet_metrics),

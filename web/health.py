@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Hold, Lane, Media
+from models import ChannelStatus, Hold, Lane, Media, standing
 from models.lane import LaneState
+from models.sync_report import LEASE
 from pombal import db, metrics
 from pombal.broker import broker
 from pombal.settings import settings
@@ -141,6 +142,7 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
     lag = s.scalar(text("SELECT extract(epoch FROM now() - max(done_at)) FROM lease WHERE name = 'sweep'"))
     if lag is not None:
         yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
+    yield from _standings(s)
     letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
     known = broker.get_declared_actors()
     samples: dict[str, float] = dict.fromkeys(sorted(known), 0)  # so that a first one is seen to come
@@ -153,6 +155,27 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
         [({"actor": name}, count) for name, count in samples.items()],
     )
 
+
+def _standings(s: Session) -> Iterator[metrics.Family]:
+    counts = {(str(kind), str(status)): 0.0 for kind in standing.POLLED for status in ChannelStatus}
+    counts |= {(kind, status): float(channels) for kind, status, channels in standing.in_statuses(s)}
+    yield metrics.gauge(
+        "pombal_channels",
+        "Channels with a session, by how it stands; unknown: nobody could tell when last asked.",
+        [({"provider": kind, "status": status}, count) for (kind, status), count in counts.items()],
+    )
+    silent = float(standing.silent_count(s))
+    yield metrics.gauge(
+        "pombal_channels_silent", "Connected channels without any traffic for their time.", [({}, silent)]
+    )
+    age = s.scalar(_SYNC_AGE, {"name": LEASE})
+    if age is not None:
+        yield metrics.gauge(
+            "pombal_sync_age_seconds", "Time since a round over all channels' states ended.", [({}, float(age))]
+        )
+
+
+_SYNC_AGE = text("SELECT extract(epoch FROM now() - done_at) FROM lease WHERE name = :name")
 
 _COMING = text("""
     SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(received_at)), 0) AS oldest

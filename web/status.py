@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Channel, Hold, Lane
+from models import Channel, ChannelStatus, Hold, Lane, Lease, standing
 from models.lane import LaneState
+from models.sync_report import LEASE
 from pombal import db
 from web.errors import Failure
 from web.signatures import caller, refused
@@ -48,7 +49,9 @@ def _channels(tenant_id: UUID, id_: UUID | None = None) -> list[dict[str, Any]]:
             return []
         lanes = {row["channel_id"]: row for row in Lane.overview(s, id_)}
         traffic = _last_traffic(s, tenant_id, [row.id for row in found])
-        return [_shown(row, lanes.get(row.id), traffic[row.id]) for row in found]
+        lease = s.get(Lease, LEASE)
+        synced_at = lease.done_at if lease else None
+        return [_shown(row, lanes.get(row.id), traffic[row.id], synced_at) for row in found]
 
 
 def _last_traffic(s: Session, tenant_id: UUID, ids: list[UUID]) -> dict[UUID, datetime | None]:
@@ -68,7 +71,9 @@ _LAST_TRAFFIC = text("""
 """)
 
 
-def _shown(row: Channel, lane: RowMapping | None, last_traffic_at: datetime | None) -> dict[str, Any]:
+def _shown(
+    row: Channel, lane: RowMapping | None, last_traffic_at: datetime | None, synced_at: datetime | None
+) -> dict[str, Any]:
     """Secrets are write-only: whether there are any is all that is shown (T6)."""
     return {
         "id": str(row.id),
@@ -76,9 +81,37 @@ def _shown(row: Channel, lane: RowMapping | None, last_traffic_at: datetime | No
         "name": row.name,
         **row.config,
         "has_secrets": row.sealed is not None,
+        **_standing(row, synced_at),
         "sending": _sending(lane),
         "last_traffic_at": _at(last_traffic_at),
         "created_at": row.created_at.isoformat(),
+    }
+
+
+def _standing(row: Channel, synced_at: datetime | None) -> dict[str, Any]:
+    """How its session stands; nulls for a kind that has none. `status` is what was last proven, also while it cannot be
+    told (`unknown`).
+
+    `status_checked_at`: a quiet round writes nothing, so what it found as it was counts as checked when it ended.
+    `last_seen_at`: when it was last known to be connected, to within one round.
+    """
+    status, is_known = row.status, row.status is not None and row.unknown_since is None
+    if status is None and row.kind in standing.POLLED:
+        status = ChannelStatus.UNKNOWN
+    checked = (row.status_at, synced_at if row.kind in standing.POLLED else None)
+    checked_at = max((at for at in checked if at is not None), default=None) if is_known else None
+    if row.status == ChannelStatus.CONNECTED:
+        seen_at = checked_at if is_known else row.unknown_since
+    else:  # if anybody was ever logged in, until it was found disconnected
+        seen_at = row.status_since if row.own_id is not None else None
+    return {
+        "status": status,
+        "status_raw": row.status_raw,
+        "status_since": _at(row.status_since),
+        "status_checked_at": _at(checked_at),
+        "unknown": {"since": _at(row.unknown_since), "reason": row.unknown_reason} if row.unknown_since else None,
+        "silent_since": _at(row.silent_since),
+        "last_seen_at": _at(seen_at),
     }
 
 

@@ -3,13 +3,14 @@
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 from uuid import UUID
 
 import redis
-from sqlalchemy import func, select, text
+from sqlalchemy import func, literal, select, text
 from sqlalchemy.exc import DBAPIError
 
 from pombal import db
@@ -19,6 +20,7 @@ from pombal.errors import Misconfigured, Rejected
 from pombal.settings import check_secrets, settings
 
 _MOST_NAMES = 10
+_LATE = timedelta(minutes=15)
 
 
 class Finding(NamedTuple):
@@ -115,6 +117,7 @@ def _postgres() -> Iterator[Finding]:
                 yield from _unreadable_secrets()
                 yield from _without_token()
             yield from _held()
+            yield from _not_synced()
             yield from _left_to_people()
     except Misconfigured as error:
         yield Finding("error", str(error))
@@ -197,6 +200,22 @@ def _held() -> Iterator[Finding]:
         ]
     if held:
         yield Finding("warning", f"sending is held (`pombal lanes`): {_some(held)}")
+
+
+def _not_synced() -> Iterator[Finding]:
+    """Whether anybody asks gateways how their channels stand: a round is due every five minutes."""
+    from models import Channel, Lease, standing
+    from models.sync_report import LEASE
+
+    with db.session() as s:
+        db.see_all(s)
+        ours = select(func.count(), func.min(Channel.created_at)).where(Channel.kind.in_(standing.POLLED))
+        count, since = s.execute(ours).one()
+        since = s.scalar(select(Lease.done_at).where(Lease.name == LEASE)) or since
+        is_late = count and s.scalar(select(literal(since) < func.now() - _LATE))
+    if is_late:
+        what = f"no round over {count} channel{'' if count == 1 else 's'} ended for {_LATE.seconds // 60} minutes"
+        yield Finding("warning", f"{what}: are a clock and a worker of status_sync running?")
 
 
 def _left_to_people() -> Iterator[Finding]:

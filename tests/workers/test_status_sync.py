@@ -1,0 +1,734 @@
+"""Rounds over instances: what is written, by whom, and in which order it counts (Y1, Y2, Y3)."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from dramatiq import Worker
+
+from models import Channel, Hold, Lane, Lease, SyncReport, Tenant
+from models.sync_report import LEASE
+from pombal import db
+from pombal.broker import redis_client
+from pombal.errors import Permanent
+from pombal.settings import settings
+from tests.factories import a_tenant, superuser
+from tests.workers.gateways import (
+    HANGS,
+    Answer,
+    Gate,
+    a_channel,
+    a_gateway,
+    events,
+    instance,
+    many_channels,
+    set_stored,
+    stored,
+)
+from tests.workers.tools import PATIENCE, in_background
+from workers import broker
+from workers.status_sync import ring_reports, status_check, status_sync, status_sync_tick, stop
+
+CHANGES = "channel_status"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, queues: None) -> Iterator[None]:
+    """Loopback may be asked; nobody else's channels, reports and ticks are in the way."""
+    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
+    settings.cache_clear()
+    with superuser() as connection:
+        connection.execute("UPDATE channel SET kind = 'stub' WHERE kind = 'megaapi'")
+        for table in ("sync_report", "lease", "tick"):
+            connection.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
+    yield
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll without an answer is given up soon."""
+    monkeypatch.setattr("workers._rounds._POLL_SECONDS", 0.4)
+    monkeypatch.setattr("workers._rounds._WAITED", 0.2)
+
+
+def asked_for(tenant: Tenant | None, *, is_dry: bool = False) -> UUID:
+    """A report as the web tier leaves it."""
+    with db.session() as s:
+        id_, _ = SyncReport.open(s, tenant.id if tenant else None, is_dry=is_dry)
+    return id_
+
+
+def report(id_: UUID) -> dict[str, Any]:
+    with superuser() as connection:
+        found = connection.execute(
+            "SELECT state, result, error, tenant_id, is_due FROM sync_report WHERE id = %s", [id_]
+        )
+        names = [column.name for column in found.description or ()]
+        return dict(zip(names, found.fetchone() or (), strict=True))
+
+
+def synced(tenant: Tenant | None, *, is_dry: bool = False) -> dict[str, Any]:
+    """What a round finds that is made now."""
+    id_ = asked_for(tenant, is_dry=is_dry)
+    status_sync(str(id_))
+    made = report(id_)
+    assert made["state"] == "done", made
+    result: dict[str, Any] = made["result"]
+    return result
+
+
+def versions(tenant: Tenant) -> dict[UUID, int]:
+    """Which transaction last wrote each channel's row."""
+    with superuser() as connection:
+        query = "SELECT id, xmin::text::bigint FROM channel WHERE tenant_id = %s"
+        return dict(connection.execute(query, [tenant.id]).fetchall())
+
+
+def bells(actor: str) -> list[list[Any]]:
+    """The arguments of the jobs that wait in the queue, delayed ones too."""
+    with redis_client() as client:
+        bodies: Any = client.hvals("dramatiq:status_sync.msgs") + client.hvals("dramatiq:status_sync.DQ.msgs")
+    found = [json.loads(body) for body in bodies]
+    return [one["args"] for one in found if one["actor_name"] == actor]
+
+
+def told(channel: Channel) -> None:
+    """A webhook came in just now that said something about this channel's session."""
+    with superuser() as connection:
+        connection.execute("UPDATE channel SET told_at = clock_timestamp() WHERE id = %s", [channel.id])
+
+
+def hold(channel: Channel) -> str | None:
+    with superuser() as connection:
+        row = connection.execute("SELECT hold FROM lane WHERE channel_id = %s", [channel.id]).fetchone()
+    return row[0] if row else None
+
+
+# ------------------------------------------------------------------------------------- unknown is not disconnected (Y1)
+
+HTML = b"<!DOCTYPE html><title>Attention Required! | Cloudflare</title>"
+FAULTS: dict[str, tuple[str | Answer, str, str]] = {
+    "HTTP 404": (Answer(404, b'{"error":true,"message":"Instance not found"}'), "not_found", "Instance not found"),
+    "HTTP 401": (Answer(401, b'{"name":"UNAUTHORIZED","message":"a wrong token"}'), "refused", "a wrong token"),
+    "HTTP 403": (Answer(403, b'{"name":"FORBIDDEN","message":"not yours"}'), "refused", "not yours"),
+    "403 of the edge": (Answer(403, HTML, "text/html"), "edge_blocked", "Cloudflare"),
+    "HTTP 500": (Answer(500, b'{"error":true,"message":"boom"}'), "provider_error", "boom"),
+    "502 of the edge": (Answer(502, b"<html>Bad gateway</html>", "text/html"), "provider_error", "Bad gateway"),
+    "HTTP 429": (Answer(429, b'{"message":"slowly"}'), "throttled", "slowly"),
+    "200 and an error": (Answer(200, b'{"error":true,"message":"not now"}'), "rejected", "not now"),
+    "no JSON": (Answer(200, b"hello"), "unreadable", "hello"),
+    "nothing": (Answer(200, b""), "unreadable", ""),
+    "no answer": (HANGS, "timeout", ""),
+    "an unknown word": (Answer(200, instance("syncing")), "odd_answer", "syncing"),
+    "a word in another case": (Answer(200, instance("DISCONNECTED")), "odd_answer", "DISCONNECTED"),
+    "no word, but a user": (Answer(200, instance(None)), "odd_answer", ""),
+    "no instance": (Answer(200, b'{"error":false}'), "odd_answer", ""),
+}
+
+
+def test_what_says_nothing_leaves_the_status_as_it_was(impatient: None) -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channels = {name: a_channel(gateway, tenant) for name in FAULTS}
+        good = a_channel(gateway, tenant)
+        for name, channel in channels.items():
+            gateway.says[channel.name] = FAULTS[name][0]
+            set_stored(channel, status="connected", status_raw="connected", status_at=datetime(2026, 1, 1, tzinfo=UTC))
+
+        result = synced(tenant)
+        before = versions(tenant)
+        synced(tenant)
+
+    found = {name: stored(channel) for name, channel in channels.items()}
+    assert {name: row["status"] for name, row in found.items()} == dict.fromkeys(FAULTS, "connected")
+    assert {name: row["unknown_reason"] for name, row in found.items()} == {n: FAULTS[n][1] for n in FAULTS}
+    assert [name for name, row in found.items() if FAULTS[name][2] not in row["status_raw"]] == []
+    assert stored(good)["status"] == "connected"
+    assert {one["channel"]: one["reason"] for one in result["unknown"]} == {
+        str(channels[name].id): reason for name, (_, reason, _) in FAULTS.items()
+    }
+    assert [one["channel"] for one in result["differs"]] == [str(good.id)]
+    assert versions(tenant) == before  # the same again is no news
+    said = [one for one in events(tenant, CHANGES) if one["channel"] != str(good.id)]
+    assert {(one["from"], one["to"]) for one in said} == {("connected", "unknown")}
+    assert len(said) == len(FAULTS)
+    assert all(hold(channel) is None for channel in channels.values())
+
+
+def test_a_host_that_is_not_there_or_not_public_is_unknown() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        gone = a_channel(gateway, tenant)
+    private = a_channel("https://10.0.0.7", tenant)
+    broken = a_channel(gateway.address, tenant)
+    set_stored(broken, sealed=b"not what anybody sealed")
+
+    synced(tenant)
+
+    reasons = [stored(channel)["unknown_reason"] for channel in (gone, private, broken)]
+    assert reasons == ["unreachable", "blocked_address", "misconfigured"]
+
+
+def test_a_failure_that_passes_is_tried_once_more() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gateway.says[channel.name] = Answer(503, b'{"error":true}')
+        gateway.second[channel.name] = "connected"
+
+        synced(tenant)
+
+        assert (gateway.asked[channel.name], stored(channel)["status"]) == (2, "connected")
+
+
+# --------------------------------------------------------------------------------------------- what follows from news
+
+
+def test_a_disconnect_holds_the_lane_and_a_recovery_lets_it_go_on() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        assert [one["to"] for one in synced(tenant)["changed"]] == ["connected"]
+
+        gateway.says[channel.name] = "disconnected"
+        (change,) = synced(tenant)["changed"]
+
+        assert (change["channel"], change["from"], change["to"]) == (str(channel.id), "connected", "disconnected")
+        assert hold(channel) == Hold.DISCONNECTED
+        gateway.says[channel.name] = "connected"
+        (differs,) = synced(tenant)["differs"]
+
+    assert (differs["stored"], differs["provider"], differs["instance"]) == ("disconnected", "connected", channel.name)
+    assert hold(channel) is None
+    assert [(one["from"], one["to"]) for one in events(tenant, CHANGES)] == [
+        ("unknown", "connected"),
+        ("connected", "disconnected"),
+        ("disconnected", "connected"),
+    ]
+    with redis_client() as client:
+        assert any(str(channel.id).encode() in body for body in client.hvals("dramatiq:outgoing_message.msgs"))
+
+
+def test_an_operators_hold_outlives_a_recovery() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        with db.session([tenant.id]) as s:
+            Lane.ensure(s, tenant.id, channel.id)
+            Lane.set_hold(s, channel.id, Hold.OPERATOR, code=None, reason="held")
+        for word in ("disconnected", "connected"):
+            gateway.says[channel.name] = word
+            synced(tenant)
+
+    assert (stored(channel)["status"], hold(channel)) == ("connected", Hold.OPERATOR)
+
+
+def test_a_lane_that_was_held_by_an_old_look_is_let_go_by_the_next_round() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        with db.session([tenant.id]) as s:
+            Lane.ensure(s, tenant.id, channel.id)
+            Lane.set_hold(s, channel.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+
+        synced(tenant)
+
+    assert hold(channel) is None
+
+
+def test_silence_is_told_apart_and_its_end_too() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant, silent_after_hours=1)
+        synced(tenant)
+        set_stored(channel, status_since=datetime(2026, 1, 1, tzinfo=UTC))
+        synced(tenant)
+        synced(tenant)
+        assert stored(channel)["status"] == "connected"
+        set_stored(channel, config=json.dumps(stored(channel)["config"] | {"silent_after_hours": 0}))
+        synced(tenant)
+
+    assert [one["channel"] for one in events(tenant, "channel_silent")] == [str(channel.id)]
+    assert len(events(tenant, "channel_heard")) == 1
+    assert stored(channel)["silent_since"] is None
+
+
+# ------------------------------------------------------------------------------------------------------- at scale (Y2)
+
+
+def test_a_hanging_host_holds_nobody_up_and_only_news_is_written(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATUS_SYNC_AT_ONCE", "16")
+    settings.cache_clear()
+    tenant = a_tenant()
+    with a_gateway(0.05) as one, a_gateway(0.05) as other, a_gateway() as hanging:
+        hanging.usual = HANGS
+        ids = [many_channels(gateway, tenant, 100) for gateway in (one, other, hanging)]
+
+        first = synced(tenant)
+        before = versions(tenant)
+        second = synced(tenant)
+        quiet = versions(tenant)
+
+        rewritten = {id_ for id_, version in quiet.items() if version != before[id_]}
+        assert rewritten <= reached_now(ids[2], first, second)
+        assert (first["checked"], len(first["changed"]), len(second["changed"])) == (300, 200, 0)
+        assert {entry["channel"] for entry in first["unknown"]} == {str(id_) for id_ in ids[2]}
+        assert {entry["reason"] for entry in first["unknown"]} == {"timeout", "not_reached"}
+        assert (one.most_in_flight, other.most_in_flight) == (16, 16)
+        assert sum(hanging.asked.values()) <= 2 * (16 + 5)  # given up long before its hundredth
+        assert sum(one.asked.values()) == 200
+
+        set_unknown(ids[2])  # of these each round finds out more
+        quiet = versions(tenant)
+        (name,) = names(ids[0][:1])
+        one.says[name] = "disconnected"
+        third = synced(tenant)
+
+    assert [change["to"] for change in third["changed"]] == ["disconnected"]
+    assert {id_ for id_, version in versions(tenant).items() if version != quiet[id_]} == {ids[0][0]}
+
+
+def reached_now(ids: list[UUID], first: dict[str, Any], second: dict[str, Any]) -> set[UUID]:
+    """Those that only the second round had time to ask: that one did not answer is more than that nobody asked."""
+    reasons = [{UUID(one["channel"]): one["reason"] for one in result["unknown"]} for result in (first, second)]
+    return {id_ for id_ in ids if [reason[id_] for reason in reasons] == ["not_reached", "timeout"]}
+
+
+def set_unknown(ids: list[UUID]) -> None:
+    with superuser() as connection:
+        connection.execute("UPDATE channel SET unknown_reason = 'timeout' WHERE id = ANY(%s)", [ids])
+
+
+def names(ids: list[UUID]) -> list[str]:
+    with superuser() as connection:
+        found = connection.execute("SELECT name FROM channel WHERE id = ANY(%s)", [ids]).fetchall()
+    return [name for (name,) in found]
+
+
+def test_some_that_hang_do_not_speak_for_their_host(impatient: None) -> None:
+    tenant = a_tenant()
+    with a_gateway(0.02) as gateway:
+        ids = many_channels(gateway, tenant, 120)
+        for name in names(ids[:10]):
+            gateway.says[name] = HANGS
+
+        unknown = synced(tenant)["unknown"]
+
+    assert {one["channel"] for one in unknown} == {str(id_) for id_ in ids[:10]}
+    assert {one["reason"] for one in unknown} == {"timeout"}
+
+
+def test_what_a_round_cannot_reach_comes_first_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS_SYNC_AT_ONCE", "1")
+    settings.cache_clear()
+    monkeypatch.setattr(sys.modules["workers.status_sync"], "_ROUND_SECONDS", 1.0)
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channels = [a_channel(gateway, tenant) for _ in range(3)]
+        gateway.usual = HANGS  # whoever comes first takes all the time
+        first = synced(tenant)["unknown"]
+        (asked,) = gateway.asked
+        set_stored(next(one for one in channels if one.name == asked), unknown_reason="timeout")
+        synced(tenant)
+
+    assert {one["reason"] for one in first} == {"not_reached"}
+    assert len(gateway.asked) == 2  # another one's turn
+
+
+def test_a_due_round_is_spread() -> None:
+    """Its polls begin one after the other, each channel's at a time of its own."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        many_channels(gateway, tenant, 30)
+        began = time.monotonic()
+
+        status_sync_tick()
+
+        assert gateway.last_asked - began > 0.5  # of 1.5 seconds
+        assert sum(gateway.asked.values()) == 30
+    (found,) = reports()
+    assert (found["state"], found["is_due"], found["tenant_id"]) == ("done", True, None)
+    with db.session() as s:
+        lease = s.get_one(Lease, LEASE)
+        assert lease.done_at is not None
+
+
+def reports() -> list[dict[str, Any]]:
+    with superuser() as connection:
+        ids = connection.execute("SELECT id FROM sync_report ORDER BY id").fetchall()
+    return [report(id_) for (id_,) in ids]
+
+
+# ----------------------------------------------------------------------------------------------------- tokens of a host
+
+
+def of_the_host(channel: Channel) -> None:
+    set_stored(channel, config=json.dumps(stored(channel)["config"] | {"token_kind": "host"}))
+
+
+def test_a_hosts_token_takes_one_call_for_all() -> None:
+    tenant, other = a_tenant(), a_tenant()
+    with a_gateway() as gateway:
+        on, off, missing = (a_channel(gateway, tenant) for _ in range(3))
+        odd, single = a_channel(gateway, other), a_channel(gateway, other)
+        for channel in (on, off, missing, odd):
+            of_the_host(channel)
+        gateway.lists = [
+            {"key": on.name, "status": "connected", "user": {"id": "5511955550200:3@s.whatsapp.net"}},
+            {"key": off.name, "status": "disconnected"},
+            {"key": odd.name, "status": "syncing"},
+            {"key": "somebody-elses", "status": "connected"},
+        ]
+
+        result = synced(None)
+
+        assert gateway.asked == {"list": 1, single.name: 1}
+    words = [stored(channel)["status"] for channel in (on, off, missing, odd, single)]
+    assert words == ["connected", "disconnected", None, None, "connected"]
+    assert stored(on)["own_id"] == "5511955550200"
+    assert [stored(channel)["unknown_reason"] for channel in (missing, odd)] == ["not_listed", "odd_answer"]
+    assert result["checked"] == 5
+
+
+def test_a_host_without_a_list_is_asked_one_by_one() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channels = [a_channel(gateway, tenant) for _ in range(3)]
+        for channel in channels:
+            of_the_host(channel)
+        gateway.says["list"] = Answer(404, b'{"name":"NOT_FOUND"}')
+
+        synced(tenant)
+
+        assert gateway.asked == {"list": 1} | {channel.name: 1 for channel in channels}
+    assert {stored(channel)["status"] for channel in channels} == {"connected"}
+
+
+# --------------------------------------------------------------------------------- polls and webhooks, interleaved (Y3)
+
+
+def a_poll_under_way(gateway: Any, tenant: Tenant, channel: Channel) -> tuple[Gate, Callable[[], Any]]:
+    """A round that has asked about the channel, and whose answer the test holds."""
+    gate = gateway.says[channel.name] = Gate()
+    done = in_background(lambda: synced(tenant))
+    gate.wait_until_asked()
+    return gate, done
+
+
+def test_a_webhook_after_the_question_beats_its_answer() -> None:
+    """asked → told → answered: what the poll says was true before."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        gate, done = a_poll_under_way(gateway, tenant, channel)
+        told(channel)
+        gate.release("disconnected")
+        result = done()
+
+    assert (stored(channel)["status"], result["changed"], result["differs"]) == ("connected", [], [])
+    assert result["unknown"] == []
+
+
+def test_a_check_beats_the_poll_that_was_asked_before_it() -> None:
+    """asked → told → checked → answered, with the check's answer news and no news."""
+    for word in ("disconnected", "connected"):
+        tenant = a_tenant()
+        with a_gateway() as gateway:
+            channel = a_channel(gateway, tenant)
+            synced(tenant)
+            gate, done = a_poll_under_way(gateway, tenant, channel)
+            told(channel)
+            gateway.says[channel.name] = word
+            status_check(str(channel.id))
+            gate.release("connected" if word == "disconnected" else "disconnected")
+            done()
+
+        assert stored(channel)["status"] == word
+
+
+def test_an_answer_before_the_webhook_counts_until_the_check() -> None:
+    """asked → answered → told → checked."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        gate, done = a_poll_under_way(gateway, tenant, channel)
+        gate.release("disconnected")
+        done()
+        assert stored(channel)["status"] == "disconnected"
+        told(channel)
+        gateway.says[channel.name] = "connected"
+        status_check(str(channel.id))
+
+    assert stored(channel)["status"] == "connected"
+
+
+def test_a_poll_that_was_asked_after_the_webhook_makes_the_check_needless() -> None:
+    """told → asked → answered → checked."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        told(channel)
+        gateway.says[channel.name] = "disconnected"
+        synced(tenant)
+        asked = gateway.asked[channel.name]
+        status_check(str(channel.id))
+
+        assert (stored(channel)["status"], gateway.asked[channel.name]) == ("disconnected", asked)
+
+
+def test_a_poll_between_a_webhook_and_its_check_does_not_turn_the_check_back() -> None:
+    """told → asked → checked → answered: the check was asked later, so the poll's answer is the older one."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        told(channel)
+        gate, done = a_poll_under_way(gateway, tenant, channel)
+        gateway.says[channel.name] = "disconnected"
+        status_check(str(channel.id))
+        gate.release("connected")
+        done()
+
+    assert stored(channel)["status"] == "disconnected"
+
+
+def test_what_somebody_wrote_while_a_poll_was_under_way_is_seen_by_it() -> None:
+    """checked → asked → the check is written → answered: what was no news when the round began is by then."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel, slow = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        synced(tenant)
+        gate, done = a_poll_under_way(gateway, tenant, slow)
+        set_stored(channel, status="disconnected")  # by a check that was asked before this round's poll
+        gate.release()
+        result = done()
+
+    assert stored(channel)["status"] == "connected"
+    assert [one["to"] for one in result["changed"]] == ["connected"]
+
+
+def test_a_check_without_an_answer_is_made_again_and_then_unknown() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        told(channel)
+        gateway.says[channel.name] = Answer(503, b'{"error":true}')
+
+        status_check(str(channel.id))
+
+        assert bells("status_check") == [[str(channel.id), 1]]
+        assert stored(channel)["unknown_since"] is None
+        status_check(str(channel.id), 3)
+
+    after = stored(channel)
+    assert (after["status"], after["unknown_reason"]) == ("connected", "provider_error")
+
+
+def test_checks_of_a_host_that_hangs_are_left_to_the_rounds(impatient: None) -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        gateway.usual = HANGS
+        channels = [a_channel(gateway, tenant) for _ in range(8)]
+        for channel in channels:
+            status_check(str(channel.id), 3)
+
+        assert sum(gateway.asked.values()) == 5
+
+
+def test_a_check_of_nothing_is_no_trouble() -> None:
+    status_check(str(uuid.uuid4()))
+    with pytest.raises(Permanent):
+        status_check("x")
+    with pytest.raises(Permanent):
+        status_sync("x")
+
+
+# ----------------------------------------------------------------------------------------------------- one at a time
+
+
+def test_a_dry_round_writes_nothing() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        same, other, silent = (a_channel(gateway, tenant) for _ in range(3))
+        for channel in (same, other, silent):
+            set_stored(channel, status="connected", status_raw="connected", status_at=datetime(2026, 1, 1, tzinfo=UTC))
+        gateway.says[other.name] = "disconnected"
+        gateway.says[silent.name] = Answer(401, b"{}")
+        before = versions(tenant)
+
+        result = synced(tenant, is_dry=True)
+
+    assert versions(tenant) == before
+    assert events(tenant, CHANGES, "channel_silent") == []
+    assert hold(other) is None
+    (entry,) = result["differs"]
+    assert {name: entry[name] for name in ("channel", "instance", "stored", "provider", "raw")} == {
+        "channel": str(other.id),
+        "instance": other.name,
+        "stored": "connected",
+        "provider": "disconnected",
+        "raw": "disconnected",
+    }
+    assert result["unknown"] == [{"channel": str(silent.id), "name": silent.name, "reason": "refused"}]
+    assert (result["checked"], result["changed"]) == (3, [])
+
+
+def test_rounds_do_not_overlap_and_who_waits_is_rung_for() -> None:
+    tenant, other = a_tenant(), a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        theirs = a_channel(gateway, other)
+        gate, done = a_poll_under_way(gateway, tenant, channel)
+
+        waiting = asked_for(other)
+        status_sync(str(waiting))
+        status_sync_tick()
+
+        assert gateway.asked[theirs.name] == 0
+        assert report(waiting)["state"] == "pending"
+        assert ring_reports() == 0  # a round runs
+        gate.release()
+        done()
+        gateway.says.clear()
+        ((whole,),) = bells("status_sync")
+        assert report(UUID(whole))["tenant_id"] is None  # a round over all comes before a tenant's
+        status_sync(str(waiting))
+        assert report(waiting)["state"] == "pending"
+        status_sync(whole)
+        status_sync(str(waiting))
+
+        assert [report(waiting)["state"], report(UUID(whole))["state"]] == ["done", "done"]
+        assert gateway.most_in_flight <= 2
+
+
+def test_a_due_round_is_skipped_while_one_over_all_runs() -> None:
+    with a_gateway() as gateway:
+        channel = a_channel(gateway)
+        gate = gateway.says[channel.name] = Gate()
+        done = in_background(lambda: status_sync())
+        gate.wait_until_asked()
+
+        status_sync_tick()
+
+        assert gateway.asked[channel.name] == 1
+        gate.release()
+        done()
+    assert [one["state"] for one in reports()] == ["done"]
+
+
+def test_a_minute_is_worked_on_once() -> None:
+    with a_gateway() as gateway:
+        channel = a_channel(gateway)
+        status_sync_tick()
+        with superuser() as connection:  # also across the turn of a minute
+            connection.execute(
+                "INSERT INTO tick (name, minute) SELECT name, date_trunc('minute', now()) FROM tick "
+                "ON CONFLICT DO NOTHING"
+            )
+        status_sync_tick()
+
+        assert gateway.asked[channel.name] == 1
+
+
+def test_a_round_whose_process_was_killed_is_given_up_and_the_next_is_right() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        done, waits = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        for channel in (done, waits):
+            set_stored(channel, status="disconnected", status_raw="disconnected")
+        gate = gateway.says[waits.name] = Gate()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pombal", "run", "status_sync", "[]"], env={**os.environ}, stderr=subprocess.DEVNULL
+        )
+        try:
+            gate.wait_until_asked()
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+        gateway.says.clear()
+        (dead,) = reports()
+        with superuser() as connection:
+            connection.execute("UPDATE lease SET until = now() - interval '1 second'")  # what time does
+
+        status_sync_tick()
+
+    assert dead["state"] == "running"
+    assert [(one["state"], one["error"]) for one in reports()] == [("failed", "its process ended"), ("done", None)]
+    assert [stored(channel)["status"] for channel in (done, waits)] == ["connected", "connected"]
+    assert [(one["from"], one["to"]) for one in events(tenant, CHANGES)] == [("disconnected", "connected")] * 2
+
+
+def test_the_sweep_rings_for_a_report_whose_bell_was_lost() -> None:
+    id_ = asked_for(a_tenant())
+
+    assert ring_reports() == 0  # whoever asked has just rung
+    with superuser() as connection:
+        connection.execute("UPDATE sync_report SET next_ring_at = now() - interval '1 second'")
+    assert (ring_reports(), ring_reports()) == (1, 0)
+    assert bells("status_sync") == [[str(id_)]]
+    assert ring_reports(at_once=True) == 1
+
+
+def test_a_round_ends_with_its_worker_and_is_made_by_another() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gate = gateway.says[channel.name] = Gate()
+        id_ = asked_for(tenant)
+        status_sync.send(str(id_))
+        worker = Worker(broker, queues={"status_sync"}, worker_threads=1, worker_timeout=50)
+        worker.start()
+        gate.wait_until_asked()
+        worker.stop(timeout=int(PATIENCE * 1000))
+
+        assert report(id_)["state"] == "pending"
+        assert stored(channel)["unknown_since"] is None  # that we stopped says nothing of it
+        assert not stop.is_set()
+        gateway.says.clear()
+        status_sync(str(id_))
+    assert (report(id_)["state"], stored(channel)["status"]) == ("done", "connected")
+
+
+def test_old_reports_are_dropped_by_the_tick() -> None:
+    old, young = asked_for(a_tenant()), asked_for(a_tenant())
+    with superuser() as connection:
+        connection.execute("UPDATE sync_report SET created_at = now() - interval '8 days' WHERE id = %s", [old])
+
+    status_sync_tick()
+
+    with superuser() as connection:
+        left = {id_ for (id_,) in connection.execute("SELECT id FROM sync_report").fetchall()}
+    assert old not in left
+    assert young in left
+
+
+def test_a_broken_round_leaves_a_dead_letter_and_not_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    id_ = asked_for(a_tenant())
+    monkeypatch.setattr("workers._rounds.Round._by_host", breaks)
+
+    with pytest.raises(Permanent):
+        status_sync(str(id_))
+
+    assert report(id_)["state"] == "failed"
+    with db.session() as s:
+        assert Lease.take(s, LEASE, uuid.uuid4(), timedelta(seconds=1))
