@@ -107,14 +107,14 @@ class MegaSender:
 
     async def _explained(self, answer: Answer) -> Answer:
         """A refusal concerns the message only while the instance is connected: what the gateway's words for the other
-        case are, nobody knows, so it is asked how the instance stands."""
+        case are, nobody knows, so it is asked how the instance stands. It may have come back just now, though."""
         try:
             status = (await self._instance.status(_STANDING)).status
         except InstanceFault:
             status = None
-        if status == "connected":
-            return answer
-        if status == "disconnected":
+        if status == "connected" and answer.fault is not None:
+            fault = msgspec.structs.replace(answer.fault, is_of_a_moment=True)
+        elif status == "disconnected":
             fault = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
         else:
             text = answer.fault.text if answer.fault else ""

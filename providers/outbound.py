@@ -50,6 +50,7 @@ class Fault(msgspec.Struct, frozen=True):
     wait: float = 0.0  # seconds that the provider wants to be left alone; 0 when it does not say
     is_outage: bool = False  # it speaks of trouble at the provider, and not with this message
     is_about_file: bool = False  # perhaps it no longer has the file that the message named by the provider's id
+    is_of_a_moment: bool = False  # perhaps it is no fault of the message's: worth another try after a while
 
 
 class Attachment(NamedTuple):

@@ -425,7 +425,7 @@ class Turn:
     def _record(self, s: Session, accepted: list[tuple[Work, Answer]]) -> None:
         news = Attempt.end(s, self._tenant, [_ended(work, answer) for work, answer in self._done])
         self._adopt(s, [(work, answer) for work, answer in accepted if work.attempt_id in news])
-        anew = self._without_their_files(s, news)
+        anew = self._once_more(s, news)
         self._put(
             s,
             [
@@ -439,16 +439,18 @@ class Turn:
         for _, answer in self._done:
             self._count(answer)
 
-    def _without_their_files(self, s: Session, news: set[UUID]) -> dict[UUID, Verdict]:
-        """The provider may have forgotten the files of these messages: so do we, and each is tried once more."""
-        lost = [
-            (work, answer.fault)
-            for work, answer in self._done
-            if work.files and work.attempt_id in news and answer.fault is not None and answer.fault.is_about_file
-        ]
+    def _once_more(self, s: Session, news: set[UUID]) -> dict[UUID, Verdict]:
+        """Refused for good, but perhaps for a reason that can be mended: each of these is tried once more.
+
+        The provider may have forgotten the files of some: so do we.
+        """
+        faults = [(work, answer.fault) for work, answer in self._done if work.attempt_id in news and answer.fault]
+        lost = [(work, fault) for work, fault in faults if work.files and fault.is_about_file]
         MediaUpload.forget(s, self._tenant, self._id, [id_ for work, _ in lost for id_ in work.files])
-        before = outgoing.refused_before(s, self._tenant, [work.id for work, _ in lost])
-        return {work.id: _verdicts.with_a_fresh_upload(fault) for work, fault in lost if work.id not in before}
+        anew = {work.id: _verdicts.with_a_fresh_upload(fault) for work, fault in lost}
+        anew |= {work.id: _verdicts.after_a_moment(fault) for work, fault in faults if fault.is_of_a_moment}
+        before = outgoing.refused_before(s, self._tenant, list(anew))
+        return {id_: verdict for id_, verdict in anew.items() if id_ not in before}
 
     def _note_uploads(self, s: Session) -> None:
         """What the provider calls the files it has taken."""

@@ -25,6 +25,7 @@ NO_FILE = Answer(
 )
 OWN_TROUBLE = (STOPPED, NO_STORAGE, NO_FILE)
 _STORAGE_WAIT = 10.0
+_MOMENT = 5.0
 DOUBLES_ALLOWED = 1  # extra attempts, each of which may reach the recipient a second time
 
 
@@ -102,6 +103,11 @@ def _transient(fault: Fault, tries: int) -> Verdict:
 def with_a_fresh_upload(fault: Fault) -> Verdict:
     """The provider may have forgotten the message's file: at its place, with the file handed over anew."""
     return Verdict(MessageStatus.QUEUED, 0, error_code=fault.code, error=fault.text)
+
+
+def after_a_moment(fault: Fault) -> Verdict:
+    """Perhaps it was refused for what was so then, and is no longer."""
+    return Verdict(MessageStatus.QUEUED, _spread(_MOMENT), error_code=fault.code, error=fault.text)
 
 
 def unanswered(*, unknowns: int, policy: str) -> Verdict:

@@ -401,6 +401,7 @@ def test_a_refusal_is_the_messages_only_while_the_instance_is_connected(
         code,
     )
     assert not found.fault.is_outage
+    assert found.fault.is_of_a_moment is (kind is Kind.PERMANENT)
     assert [one.line.split(" ")[:2] for one in asked][1:] == [["GET", f"/rest/instance/{KEY}"]]
 
 

@@ -613,7 +613,20 @@ def test_an_error_in_a_good_answer_fails_the_one_message(gateway: Gateway, shop:
 
     assert shown(shop, ids[0], "status", "error_code", "error") == ("failed", "rejected", "number is not on WhatsApp")
     assert message(shop, ids[1])["status"] == "sent"
-    assert (lane(shop)["hold"], len(gateway.calls)) == (None, 2)
+    assert (lane(shop)["hold"], outcomes(shop, ids[0])) == (None, ["refused", "refused"])
+
+
+def test_a_drop_that_is_over_when_it_is_asked_about_costs_no_message(gateway: Gateway, shop: Shop) -> None:
+    refusal = JSONResponse({"error": True, "message": "the instance is not connected"})
+    gateway.answer = lambda call: refusal
+    (id_,) = queue(shop, "Olá")
+
+    send(shop)
+    assert message(shop, id_)["status"] == "queued"
+    gateway.answer = lambda call: None
+    finish(shop)
+
+    assert outcomes(shop, id_) == ["refused", "accepted"]
 
 
 @pytest.mark.usefixtures("queues")
