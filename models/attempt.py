@@ -5,7 +5,7 @@ still be found: such an attempt is `unknown` until a status, or an answer that c
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -43,7 +43,7 @@ class Attempt(Tenanted, Base):
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str] = mapped_column(server_default=Outcome.SENDING)
-    settled_by: Mapped[str | None]  # `answer`, or `status`: a webhook told what the answer did not
+    settled_by: Mapped[str | None]  # `answer`, or what told in its place: `status`, `echo`, `ack`
     provider_id: Mapped[str | None]
     http_status: Mapped[int | None]
     error_class: Mapped[str | None]
@@ -120,6 +120,8 @@ class Attempt(Tenanted, Base):
     def nameless(s: Session, keys: set[tuple[UUID, UUID, UUID]]) -> list[RowMapping]:
         """The attempts in these `(tenant, channel, conversation)` that left, or may have, under an id nobody has told.
 
+        Refused ones too, of messages that are to be tried again: a gateway's no is not always true.
+
         The oldest first: `tenant_id`, `channel_id`, `conversation_id`, `message_id`, `type`, `body`, `id`, `outcome`,
         `started_at`.
         """
@@ -129,12 +131,30 @@ class Attempt(Tenanted, Base):
         return list(s.execute(_NAMELESS, given_rows(given)).mappings())
 
     @staticmethod
-    def settle(s: Session, given: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
-        """A status or an echo has told these attempts' provider ids: they were accepted.
+    def settled_by_ack(s: Session, keys: Iterable[tuple[UUID, UUID, str]]) -> list[RowMapping]:
+        """Those that an ack alone has given these `(tenant, channel, provider id)`, with their message's `message_id`,
+        `type` and `body`."""
+        given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
+        return list(s.execute(_SETTLED_BY_ACK, given_rows(given)).mappings()) if given else []
 
-        Rows as of `reported`, and `sent_at` where it is known. A message without an id takes it over, and is sent.
-        Returns `tenant_id`, `id`, `channel_id`, `conversation_id` and `is_adopted` of the messages; one that did not
-        adopt it had been sent twice. Needs the lanes' locks.
+    @staticmethod
+    def unsettle(s: Session, given: Sequence[Mapping[str, Any]], wait: timedelta) -> list[RowMapping]:
+        """The acks were of other messages: what became of these attempts is unknown again. Needs the lanes' locks.
+
+        Returns `tenant_id`, `id`, `channel_id`, `due_at` of the messages.
+        """
+        if not given:
+            return []
+        ids = {"tenants": [row["tenant_id"] for row in given], "ids": [row["id"] for row in given]}
+        return list(s.execute(_UNSETTLE, ids | {"wait": wait}).mappings())
+
+    @staticmethod
+    def settle(s: Session, given: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
+        """A status, an echo or an ack has told these attempts' provider ids: they were accepted.
+
+        Rows as of `reported`, with `settled_by` if it is no status, and `sent_at` where it is known. A message without
+        an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id` and `is_adopted` of
+        the messages; one that did not adopt it had been sent twice. Needs the lanes' locks.
         """
         if not given:
             return []
@@ -247,9 +267,34 @@ _NAMELESS = text(f"""
         SELECT * FROM message AS m
         WHERE m.tenant_id = given.tenant_id AND m.conversation_id = given.conversation_id AND m.{NAMELESS}
     ) AS m
-    JOIN attempt AS a ON a.message_id = m.id AND a.tenant_id = m.tenant_id
-    WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted')
+    CROSS JOIN LATERAL (
+        SELECT * FROM attempt AS a WHERE a.message_id = m.id AND a.tenant_id = m.tenant_id OFFSET 0
+    ) AS a
+    WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted', 'refused')
+        AND a.started_at > now() - interval '8 days'
     ORDER BY m.turn_at, m.id, a.number
+""")
+
+_SETTLED_BY_ACK = text(f"""
+    SELECT a.tenant_id, a.channel_id, a.id, a.provider_id, m.id AS message_id, m.type, m.body
+    FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+    JOIN attempt AS a ON (a.provider_id, a.tenant_id) = (given.provider_id, given.tenant_id)
+        AND a.channel_id = given.channel_id AND a.settled_by = 'ack'
+    JOIN message AS m ON (m.tenant_id, m.id) = (a.tenant_id, a.message_id)
+""")
+
+_UNSETTLE = text("""
+    WITH undone AS (
+        UPDATE attempt SET provider_id = NULL, outcome = 'unknown', settled_by = NULL
+        WHERE (tenant_id, id) IN (SELECT * FROM unnest(CAST(:tenants AS uuid[]), CAST(:ids AS uuid[])))
+            AND settled_by = 'ack'
+        RETURNING tenant_id, id, message_id
+    )
+    UPDATE message AS m SET provider_id = NULL, status = 'unknown', due_at = now() + :wait, sent_at = NULL,
+        delivered_at = NULL, read_at = NULL, failed_at = NULL, error_code = 'no_answer', error = NULL
+    FROM undone AS u
+    WHERE (m.tenant_id, m.id) = (u.tenant_id, u.message_id) AND m.attempt_id = u.id
+    RETURNING m.tenant_id, m.id, m.channel_id, m.due_at
 """)
 
 # The message takes the first id that is told of any of its attempts, but for one that failed: that is the end of that
@@ -257,7 +302,8 @@ _NAMELESS = text(f"""
 # the second one is a double that is counted.
 _SETTLE = text(f"""
     WITH settled AS (
-        UPDATE attempt AS a SET provider_id = given.provider_id, outcome = 'accepted', settled_by = 'status',
+        UPDATE attempt AS a SET provider_id = given.provider_id, outcome = 'accepted',
+            settled_by = coalesce(given.settled_by, 'status'),
             ended_at = coalesce(a.ended_at, clock_timestamp())
         FROM {
     rows(
@@ -267,6 +313,7 @@ _SETTLE = text(f"""
         message_id="uuid",
         provider_id="text",
         sent_at="timestamptz",
+        settled_by="text",
     )
 }
         WHERE (a.tenant_id, a.id) = (given.tenant_id, given.id) AND a.provider_id IS NULL

@@ -116,6 +116,11 @@ class Meeting:
         weak = [spelt for kind, value in aliases for spelt in spellings(kind, value)]
         self._people.append((tenant_id, channel_id, strong, weak, name, at))
 
+    def all_of(self, tenant_id: UUID, channel_id: UUID, identities: tuple[tuple[str, str], ...]) -> list[UUID]:
+        """Every contact that has one of these identities, once settled: there may be two, who are one person."""
+        keys = [(tenant_id, channel_id, *identity) for identity in identities]
+        return list(dict.fromkeys(self._contact_of[key] for key in keys if key in self._contact_of))
+
     def whom(self, tenant_id: UUID, channel_id: UUID, identities: tuple[tuple[str, str], ...]) -> UUID:
         """The contact of somebody who was met, once settled."""
         return self._contact_of[(tenant_id, channel_id, *identities[0])]

@@ -156,12 +156,13 @@ class Message(Tenanted, Dated, Base):
         return set(s.execute(_STORE, given_rows(given)).scalars())
 
     @staticmethod
-    def known(s: Session, keys: Iterable[tuple[UUID, UUID, str]]) -> set[tuple[UUID, UUID, str]]:
-        """Those of these `(tenant, channel, provider id)` that a message has."""
+    def known(s: Session, keys: Iterable[tuple[UUID, UUID, str]]) -> dict[tuple[UUID, UUID, str], UUID]:
+        """The messages that have, or by an earlier attempt had, these `(tenant, channel, provider id)`."""
         given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
         if not given:
-            return set()
-        return {(row.tenant_id, row.channel_id, row.provider_id) for row in s.execute(_KNOWN, given_rows(given))}
+            return {}
+        found = s.execute(_KNOWN, given_rows(given))
+        return {(row.tenant_id, row.channel_id, row.provider_id): row.message_id for row in found}
 
     @staticmethod
     def catch_up(s: Session, keys: list[tuple[UUID, UUID, str]]) -> list[RowMapping]:
@@ -209,6 +210,15 @@ class StatusReport(Tenanted, Dated, Base):
         given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
         if given:
             s.execute(_TOUCH, given_rows(given))
+
+    @staticmethod
+    def first_told(s: Session, keys: Iterable[tuple[UUID, UUID, str]]) -> dict[tuple[UUID, UUID, str], datetime]:
+        """When these `(tenant, channel, provider id)` were first reported on, of those that were."""
+        given = [{"tenant_id": t, "channel_id": c, "provider_id": id_} for t, c, id_ in sorted(set(keys))]
+        if not given:
+            return {}
+        found = s.execute(_FIRST_TOLD, given_rows(given))
+        return {(row.tenant_id, row.channel_id, row.provider_id): row.created_at for row in found}
 
     @staticmethod
     def rank_of(status: str) -> int:
@@ -344,11 +354,25 @@ _FOLD = text(f"""
 """)
 
 _KNOWN = text(f"""
-    SELECT given.* FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
-    WHERE EXISTS (
-        SELECT FROM message AS m
-        WHERE (m.tenant_id, m.channel_id, m.provider_id) = (given.tenant_id, given.channel_id, given.provider_id)
-    )
+    SELECT given.*, m.message_id FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+    CROSS JOIN LATERAL (
+        (SELECT id AS message_id FROM message AS m
+            WHERE (m.tenant_id, m.channel_id, m.provider_id) = (given.tenant_id, given.channel_id, given.provider_id))
+        UNION ALL
+        (SELECT message_id FROM attempt AS a
+            WHERE (a.provider_id, a.tenant_id) = (given.provider_id, given.tenant_id)
+                AND a.channel_id = given.channel_id)
+        LIMIT 1
+    ) AS m
+""")
+
+_FIRST_TOLD = text(f"""
+    SELECT given.*, r.created_at FROM {rows(tenant_id="uuid", channel_id="uuid", provider_id="text")}
+    CROSS JOIN LATERAL (
+        SELECT min(created_at) AS created_at FROM message_status AS r
+        WHERE (r.tenant_id, r.channel_id, r.provider_id) = (given.tenant_id, given.channel_id, given.provider_id)
+    ) AS r
+    WHERE r.created_at IS NOT NULL
 """)
 
 _TOUCH = text(f"""

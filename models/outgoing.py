@@ -121,7 +121,8 @@ def wake_forgotten(s: Session) -> list[UUID]:
 
 
 def give_up(s: Session, tenant_id: UUID, id_: UUID) -> bool:
-    """An operator leaves it at that: a message that stayed unknown is failed. A late status still counts."""
+    """An operator leaves it at that: a message that stayed unknown is failed. A late status that names its attempt
+    still counts."""
     found = s.execute(_FIND, {"tenant_id": tenant_id, "id": id_}).mappings().first()
     if found is None:
         return False

@@ -48,7 +48,7 @@ _PHONE = re.compile(r"\+[0-9]{5,20}")
 _JID = re.compile(r"[0-9A-Za-z._:-]{1,128}@[a-z.]{1,32}")
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f/\\\"<>|?*:]+")
 _FILES = ("image", "video", "audio", "document")
-_NOT_REACHED = (521, 522, 523)  # of the edge: it came to no machine of the host
+_NOT_REACHED = (521, 523)  # of the edge: it came to no machine of the host
 # Where only the link is known, and it does not tell.
 _USUAL = {
     "image": "image/jpeg",
@@ -296,7 +296,8 @@ def read(reply: http.Reply) -> Answer:
         return _refusal(Kind.AUTH, "redirect", "the gateway's host sends us elsewhere: set the right one", status)
     if status in _NOT_REACHED:
         return _trouble(status, "the gateway's host could not be reached behind its edge")
-    if status in (500, 503) and body is not None and _is_its_own(body):
+    # Of a 500 it is not certain: a send that timed out inside the gateway may have left it.
+    if status == 503 and body is not None and _is_its_own(body):
         return _trouble(status, _reason(body))
     if status >= 500:
         return Answer(Outcome.UNKNOWN, http_status=status, why=f"HTTP {status}")

@@ -2,13 +2,13 @@
 
 A gateway's call carries no id of ours, so nothing that comes back names the attempt. What is told of a message that we
 do not know by the provider's id may be of one whose answer was lost, has no id in it, or is still on its way; or of one
-that somebody typed on the phone. An echo is ours when an attempt of that conversation, begun before it, had the same
-content; an ack, which has no content, only when a single attempt waits for one (megaapi.md, "Retry rules"). Pure but
-for the look-up. Not a queue, hence the underscore.
+that somebody typed on the phone. An echo is ours when an attempt of that chat, begun shortly before it, had the same
+content. An ack has no content: it settles only a send whose answer was lost, when no other could be meant, and the
+echo of another message under that id takes that back (megaapi.md, "Retry rules"). Pure but for the look-up. Not a
+queue, hence the underscore.
 """
 
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -19,9 +19,11 @@ from sqlalchemy.orm import Session
 
 from models import Attempt, Outcome
 
-# How far a provider's clock, which counts whole seconds, may be behind ours. What was echoed long before our attempt is
-# something else, told again after a reconnect.
+# How far a provider's clock, which counts whole seconds, may be off. What was sent long before our attempt is something
+# else, told again after a reconnect; what was sent long after it, somebody typed.
 _CLOCKS_DIFFER = timedelta(minutes=2)
+_LATEST = timedelta(minutes=10)
+_LATEST_OF_FEW_WORDS = timedelta(minutes=2)  # where little is left to compare: a file without a caption
 _CAPTIONED = ("image", "video", "document")
 _SAME = {"voice": "audio"}  # a recording is sent as one, and comes back as the other
 _DEGREES = 4  # digits after the point: some ten metres
@@ -32,33 +34,46 @@ class Heard(NamedTuple):
 
     tenant_id: UUID
     channel_id: UUID
-    conversation_id: UUID
+    conversation_ids: tuple[UUID, ...]  # that the chat may be: a person has several identities
     provider_id: str
     at: datetime
     type: str | None = None
     body: Mapping[str, Any] | None = None
 
+    @property
+    def key(self) -> tuple[UUID, UUID, str]:
+        return self.tenant_id, self.channel_id, self.provider_id
+
 
 def claimed(s: Session, heard: Iterable[Heard]) -> list[tuple[Heard, RowMapping]]:
     """The attempts that these tell of, each at most once. Needs the lanes' locks."""
     given = list(heard)
-    waiting: dict[UUID, list[RowMapping]] = defaultdict(list)
-    for row in Attempt.nameless(s, {(one.tenant_id, one.channel_id, one.conversation_id) for one in given}):
-        waiting[row["conversation_id"]].append(row)
+    chats = {(one.tenant_id, one.channel_id, chat) for one in given for chat in one.conversation_ids}
+    waiting = Attempt.nameless(s, chats)
     found = []
-    for one in sorted(given, key=lambda one: (one.type is None, one.at)):  # echoes say more than acks
-        rows = [row for row in waiting[one.conversation_id] if row["started_at"] < one.at + _CLOCKS_DIFFER]
-        if one.type is not None:
-            content = fingerprint(one.type, one.body or {})
-            ours = [row for row in rows if fingerprint(row["type"], row["body"]) == content][:1]
-        else:  # the answer of one that is under way tells its id
-            ours = [row for row in rows if row["outcome"] != Outcome.SENDING] if len(rows) == 1 else []
-        for attempt in ours:
-            waiting[one.conversation_id] = [
-                row for row in waiting[one.conversation_id] if row["message_id"] != attempt["message_id"]
-            ]
+    for one in sorted(given, key=lambda one: one.at):
+        rows = [row for row in waiting if row["conversation_id"] in one.conversation_ids]
+        for attempt in (_of_echo(one, rows) if one.type is not None else _of_ack(one, rows))[:1]:
+            waiting = [row for row in waiting if row["message_id"] != attempt["message_id"]]
             found.append((one, attempt))
     return found
+
+
+def _of_echo(echo: Heard, rows: list[RowMapping]) -> list[RowMapping]:
+    """Those with this content, the oldest first."""
+    content = fingerprint(echo.type or "", echo.body or {})
+    latest = _LATEST if any(content[1:]) else _LATEST_OF_FEW_WORDS
+    return [
+        row
+        for row in rows
+        if -_CLOCKS_DIFFER < echo.at - row["started_at"] < latest and fingerprint(row["type"], row["body"]) == content
+    ]
+
+
+def _of_ack(ack: Heard, rows: list[RowMapping]) -> list[RowMapping]:
+    """The one whose answer was lost, if nothing else in that chat could be meant."""
+    is_only = len(rows) == 1 and rows[0]["outcome"] == Outcome.UNKNOWN
+    return [row for row in rows if is_only and timedelta() < ack.at - row["started_at"] < _LATEST]
 
 
 def fingerprint(type_: str, body: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -89,6 +89,7 @@ def apply_items(
     # Of channels whose echoes may be of our own sends, before a row of theirs is written: what a turn of the lane is
     # writing down at the same time may have the same id.
     Lane.lock(s, told.channels_of_gateways())
+    events = take_back_acks(s, told)
     settled = settle_sends(s, claimed_by_echoes(s, told))
     new = Message.store(s, told.message_rows())
     StatusReport.fold(s, told.status_rows())
@@ -103,7 +104,7 @@ def apply_items(
     files = told.media_rows(new)
     Media.expect(s, files)
     notices = Seen.first_time(s, set(told.notices))
-    events = [event for _, event in settled if event] + told.event_rows(new, risen, notices) + held
+    events += [event for _, event in settled if event] + told.event_rows(new, risen, notices) + held
     retried, letters = _late.try_again(s, risen)
     Event.append(s, events + retried)  # their ids were made in this order, which is the one they are read in
     DeadLetter.settle(s, [one.message_id for one, _ in settled if not one.is_double])
@@ -141,17 +142,32 @@ def hold_lanes(s: Session, failures: dict[tuple[UUID, UUID], list[inbound.Status
 def claimed_by_echoes(s: Session, told: "Told") -> list[dict[str, Any]]:
     """The attempts that echoes of gateways are of, as `settle_sends` takes them. Needs the lanes' locks."""
     heard = told.echoes()
-    known = Message.known(s, [(one.tenant_id, one.channel_id, one.provider_id) for one in heard])
-    found = _echoes.claimed(s, [one for one in heard if (one.tenant_id, one.channel_id, one.provider_id) not in known])
+    known = Message.known(s, [one.key for one in heard])
+    found = _echoes.claimed(s, [one for one in heard if one.key not in known])
+    for key, message_id in known.items():  # it may be of an attempt that was not the message's last
+        told.is_ours(key, message_id)
     for one, attempt in found:
-        told.is_ours((one.tenant_id, one.channel_id, one.provider_id), attempt["message_id"])
-    return [_told_of(one, attempt) for one, attempt in found]
+        told.is_ours(one.key, attempt["message_id"])
+    return [_told_of(one, attempt, "echo") for one, attempt in found]
+
+
+def take_back_acks(s: Session, told: "Told") -> list[dict[str, Any]]:
+    """Sends that an ack has settled whose id is another message's, as its echo shows now; returns the events."""
+    heard = {one.key: one for one in told.echoes()}
+    wrong: list[Mapping[str, Any]] = []
+    for row in Attempt.settled_by_ack(s, heard):
+        echo = heard[(row["tenant_id"], row["channel_id"], row["provider_id"])]
+        if _echoes.fingerprint(row["type"], row["body"]) != _echoes.fingerprint(echo.type or "", echo.body or {}):
+            wrong.append(dict(row))
+    undone = Attempt.unsettle(s, wrong, outgoing.SETTLE_WAIT)
+    Lane.expect(s, [{name: row[name] for name in ("tenant_id", "channel_id", "due_at")} for row in undone])
+    return [outgoing.event(row, MessageStatus.UNKNOWN) for row in undone]
 
 
 def claimed_by_acks(s: Session, told: "Told") -> list[dict[str, Any]]:
     """The same of acks under ids that nobody has told before. Needs the lanes' locks, and the messages stored."""
     known = Message.known(s, told.acks)
-    nameless = {key: item for key, item in told.acks.items() if key not in known}
+    nameless = {key: item for key, item in told.acks.items() if key not in known and item.status in _PROOFS}
     people = {
         (tenant, channel, *identity)
         for (tenant, channel, _), item in nameless.items()
@@ -160,17 +176,20 @@ def claimed_by_acks(s: Session, told: "Told") -> list[dict[str, Any]]:
     contacts = ContactIdentity.owners(s, people)
     heard = []
     for (tenant, channel, provider_id), item in nameless.items():
-        mine = ((tenant, channel, *identity) for identity in (item.chat.identities if item.chat else ()))
-        contact = next((contacts[key] for key in mine if key in contacts), None)
-        if contact is not None:
-            chat = Conversation.id_of(channel, contact)
-            heard.append(_echoes.Heard(tenant, channel, chat, provider_id, item.at))
-    return [_told_of(one, attempt) for one, attempt in _echoes.claimed(s, heard)]
+        mine = [(tenant, channel, *identity) for identity in (item.chat.identities if item.chat else ())]
+        chats = {Conversation.id_of(channel, contacts[key]) for key in mine if key in contacts}
+        heard.append(_echoes.Heard(tenant, channel, tuple(chats), provider_id, item.at))
+    first_told = StatusReport.first_told(s, nameless)
+    return [
+        _told_of(one, attempt, "ack")
+        for one, attempt in _echoes.claimed(s, heard)
+        if first_told.get(one.key, one.at) > attempt["started_at"]
+    ]
 
 
-def _told_of(heard: _echoes.Heard, attempt: RowMapping) -> dict[str, Any]:
+def _told_of(heard: _echoes.Heard, attempt: RowMapping, by: str) -> dict[str, Any]:
     ids = {name: attempt[name] for name in ("tenant_id", "channel_id", "id", "message_id", "outcome")}
-    return ids | {"provider_id": heard.provider_id, "sent_at": heard.at}
+    return ids | {"provider_id": heard.provider_id, "sent_at": heard.at, "settled_by": by}
 
 
 def settle_sends(s: Session, reported: Sequence[Mapping[str, Any]]) -> list[tuple[Settled, dict[str, Any] | None]]:
@@ -204,6 +223,7 @@ class Told:
         self.callbacks: set[tuple[UUID, UUID, str, str]] = set()  # with the data that a send carried, by its status
         self.failures: dict[tuple[UUID, UUID], list[inbound.Status]] = {}  # reported ones, by channel
         self.acks: dict[tuple[UUID, UUID, str], inbound.Status] = {}  # of gateways, which name no attempt
+        self._gateways: set[UUID] = set()  # channels that these are of
         self.ours: dict[UUID, UUID] = {}  # echoes of messages of ours: the ids they would have had, and have
         self._messages: dict[tuple[UUID, UUID, str], tuple[UUID, UUID | None, inbound.Message]] = {}
         self._calls: list[tuple[UUID, UUID, inbound.Called]] = []
@@ -237,14 +257,15 @@ class Told:
     def channels_of_gateways(self) -> list[UUID]:
         """Those that something was told of which may concern a send of ours without naming it."""
         told = {channel for (_, channel, _), (_, _, item) in self._messages.items() if item.may_be_ours}
-        return sorted(told | {channel for _, channel, _ in self.acks})
+        return sorted(told | self._gateways)
 
     def echoes(self) -> list[_echoes.Heard]:
         heard = []
         for (tenant, channel, provider_id), (_, _, item) in self._messages.items():
             if item.may_be_ours:
-                chat = Conversation.id_of(channel, self.people.whom(tenant, channel, item.chat.identities))
-                heard.append(_echoes.Heard(tenant, channel, chat, provider_id, item.at, item.type, item.body))
+                people = self.people.all_of(tenant, channel, item.chat.identities)
+                chats = tuple(Conversation.id_of(channel, person) for person in people)
+                heard.append(_echoes.Heard(tenant, channel, chats, provider_id, item.at, item.type, item.body))
         return heard
 
     def is_ours(self, key: tuple[UUID, UUID, str], message_id: UUID) -> None:
@@ -263,7 +284,8 @@ class Told:
             row["status"], row["rank"] = item.status, rank
         if item.status == "failed":
             self.failures.setdefault((tenant, channel), []).append(item)
-        if item.chat is not None and item.status in _ACKS:
+        if item.chat is not None:
+            self._gateways.add(channel)
             self.acks.setdefault((tenant, channel, item.provider_id), item)
         if item.callback_data:
             self.callbacks.add((tenant, channel, item.provider_id, item.callback_data))
@@ -392,7 +414,8 @@ class Told:
         return rows
 
 
-_ACKS = ("sent", "delivered", "read", "played")
+# Of these an ack proves that a message was just sent; what is read may be old.
+_PROOFS = ("sent", "delivered")
 
 # `read` without `delivered` is common: the step was skipped, not missed (whatsapp-cloud-api.md §4).
 REPORTED_AT = {

@@ -367,6 +367,7 @@ class Turn:
             StatusReport.touch(s, names)
             lane = Lane.renew(s, self._id, self._line._token)
         else:  # whoever writes down what a gateway tells has the lane first (workers/_effects.py)
+            Lane.lock(s, [self._id])
             lane = Lane.renew(s, self._id, self._line._token)
             StatusReport.touch(s, names)
         if lane is None:  # the lease ran out: the answers are facts all the same

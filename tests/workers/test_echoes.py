@@ -6,16 +6,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 from sqlalchemy import text
 
-from models import Channel
+from models import Channel, outgoing
 from pombal import db
 from pombal.ids import uuid7
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
 from providers import inbound
-from providers.outbound import Answer, Outcome
+from providers.outbound import Answer, Fault, Kind, Outcome, Scope
 from tests.factories import Shop, a_shop, rows
 from tests.workers.sending import queue
 from workers._echoes import fingerprint
@@ -131,7 +132,8 @@ def test_an_answer_without_an_id_gets_it_from_the_echo_and_then_its_statuses(sho
     sending = Sending(shop, "Olá")
 
     sending.answer(accepted(None))
-    hear(shop, an_ack("A3", "read"))
+    hear(shop, an_ack("A3", "delivered"), an_ack("A3", "read"))  # which alone would not tell whose it is
+    assert [(row["status"], row["provider_id"]) for row in messages(shop)] == [("sent", None)]
     hear(shop, an_echo("A3"))
 
     (row,) = messages(shop)
@@ -177,6 +179,112 @@ def test_an_ack_of_what_somebody_typed_on_the_phone_settles_nothing(shop: Shop) 
     assert found[None]["id"] == sending.ids[0]
     assert found["A6"]["status"] == "delivered"
     assert not found["A6"]["is_ours"]
+
+
+def test_an_ack_that_came_before_the_echo_of_what_somebody_typed_is_taken_back(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+
+    hear(shop, an_ack("C1"))
+    assert [(row["status"], row["provider_id"]) for row in messages(shop)] == [("delivered", "C1")]
+    hear(shop, an_echo("C1", "typed by hand"))
+
+    found = {row["provider_id"]: row for row in messages(shop)}
+    assert (found[None]["status"], found[None]["id"]) == ("unknown", sending.ids[0])
+    assert (found["C1"]["status"], found["C1"]["is_ours"]) == ("delivered", False)
+    assert [event["status"] for event in events(shop, "message_status")][-2:] == ["unknown", "delivered"]
+    hear(shop, an_echo("C2"))
+    assert {(row["id"], row["status"]) for row in messages(shop) if row["is_ours"]} == {(sending.ids[0], "sent")}
+
+
+@pytest.mark.parametrize("status", ["read", "played"])
+def test_what_is_read_may_be_old_and_settles_nothing(shop: Shop, status: str) -> None:
+    Sending(shop, "Olá").answer(LOST)
+
+    hear(shop, an_ack("C3", status))
+
+    assert [row["status"] for row in messages(shop)] == ["unknown"]
+
+
+def test_an_ack_that_was_told_before_the_send_settles_nothing(shop: Shop) -> None:
+    hear(shop, an_ack("C4"))
+    Sending(shop, "Olá").answer(LOST)
+
+    hear(shop, an_ack("C4"))
+
+    assert [row["status"] for row in messages(shop)] == ["unknown"]
+
+
+def test_an_ack_long_after_the_send_settles_nothing(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+    earlier(shop, timedelta(minutes=11))
+
+    hear(shop, an_ack("C5"))
+
+    assert [(row["id"], row["status"]) for row in messages(shop)] == [(sending.ids[0], "unknown")]
+
+
+def earlier(shop: Shop, by: timedelta) -> None:
+    """The shop's attempts were begun so much earlier."""
+    with db.session([shop.tenant.id]) as s:
+        s.execute(
+            text("UPDATE attempt SET started_at = started_at - :by WHERE tenant_id = :t"),
+            {"by": by, "t": shop.tenant.id},
+        )
+
+
+def test_what_is_typed_long_after_a_send_without_an_id_is_another_message(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(accepted(None))
+    earlier(shop, timedelta(minutes=11))
+
+    hear(shop, an_echo("C6"))
+
+    assert {(row["id"] == sending.ids[0], row["provider_id"]) for row in messages(shop)} == {
+        (True, None),
+        (False, "C6"),
+    }
+
+
+def test_what_an_earlier_attempt_is_told_of_does_not_concern_the_next_one(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(accepted("C7"))
+    hear(shop, an_ack("C7", "failed"))
+    first.line.release()
+    with db.session([shop.tenant.id]) as s:
+        assert outgoing.again(s, shop.tenant.id, first.ids[0])
+    second = Sending(shop)
+    assert [work.id for work in second.works] == first.ids
+    second.answer(LOST)
+
+    hear(shop, an_ack("C7"))
+    hear(shop, an_echo("C7"))
+
+    assert [(row["id"], row["status"], row["provider_id"]) for row in messages(shop)] == [
+        (first.ids[0], "unknown", None)
+    ]
+
+
+def test_an_echo_finds_its_send_whichever_of_their_names_it_bears(shop: Shop) -> None:
+    by_lid = inbound.Person((("lid", "777"),))
+    hear(shop, msgspec.structs.replace(an_echo("C8", "typed"), person=by_lid, chat=by_lid))  # known by this name first
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+
+    both = inbound.Person((("lid", "777"), ("phone", PHONE)))
+    assert hear(shop, msgspec.structs.replace(an_echo("C9"), person=both, chat=both)) == sending.ids
+
+
+def test_an_echo_of_what_was_refused_shows_that_it_left_all_the_same(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    fault = Fault(Kind.PERMANENT, Scope.MESSAGE, "rejected", "Timed Out", is_of_a_moment=True)
+    sending.answer(Answer(Outcome.REFUSED, fault=fault))
+    assert [row["status"] for row in messages(shop)] == ["queued"]
+
+    hear(shop, an_echo("C10"))
+
+    assert [(row["id"], row["status"]) for row in messages(shop)] == [(sending.ids[0], "sent")]
 
 
 def test_an_ack_settles_nothing_while_the_answer_is_on_its_way(shop: Shop) -> None:
