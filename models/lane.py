@@ -186,6 +186,18 @@ class Lane(Base):
         return list(s.execute(_TO_RING, given).scalars())
 
     @staticmethod
+    def held_in_doubt(s: Session) -> list[tuple[UUID, UUID]]:
+        """`(tenant, channel)` of lanes from which nothing is sent, not even a probe, and in which something is to be
+        decided: its sender died, or nobody told in time what became of it. Of the tenants that this session sees."""
+        return [(row.tenant_id, row.channel_id) for row in s.execute(_HELD_IN_DOUBT)]
+
+    @staticmethod
+    def lock_in_doubt(s: Session, channel_id: UUID) -> RowMapping | None:
+        """Lock one of these for the rest of the transaction, unless it is one no longer."""
+        Lane.lock(s, [channel_id])
+        return s.execute(_ONE_IN_DOUBT, {"channel_id": channel_id}).mappings().first()
+
+    @staticmethod
     def seconds_until_due(s: Session) -> float | None:
         """Until the next lane needs somebody that nobody needs yet; None when no lane waits for its time."""
         value = s.scalar(_SECONDS_UNTIL_DUE)
@@ -330,6 +342,23 @@ _TO_RING = text(f"""
     )
     RETURNING channel_id
 """)
+
+_IN_DOUBT = """
+    hold IN ('operator', 'disconnected') AND (until IS NULL OR until < now()) AND (
+        EXISTS (
+            SELECT FROM message AS m
+            WHERE m.tenant_id = l.tenant_id AND m.channel_id = l.channel_id AND m.status = 'sending'
+        ) OR EXISTS (
+            SELECT FROM message AS m
+            WHERE m.tenant_id = l.tenant_id AND m.channel_id = l.channel_id AND m.status = 'unknown'
+                AND m.due_at <= now()
+        )
+    )
+"""
+_HELD_IN_DOUBT = text(
+    f"SELECT tenant_id, channel_id FROM lane AS l WHERE {_IN_DOUBT} ORDER BY tenant_id, channel_id LIMIT 500"
+)
+_ONE_IN_DOUBT = text(f"SELECT *, NULL AS calm FROM lane AS l WHERE {_IN_DOUBT} AND channel_id = :channel_id")
 
 _SECONDS_UNTIL_DUE = text("""
     SELECT extract(epoch FROM min(greatest(next_due_at, paused_until, next_probe_at, until)) - now()) FROM lane

@@ -24,9 +24,9 @@ import dramatiq
 import redis
 from dramatiq.middleware import Middleware
 
-from models import Channel
+from models import Channel, Lane
 from models.attempt import callback_of
-from pombal import log, metrics
+from pombal import db, log, metrics
 from pombal.errors import PombalError
 from pombal.middleware import is_store_trouble
 from pombal.pace import Pace, client_for_pace
@@ -89,6 +89,15 @@ class Lanes(Middleware):
         Returns at once. The future is done when this process has nothing more to do with the lane.
         """
         return asyncio.run_coroutine_threadsafe(self._wake(channel_id), self._started())
+
+    def decide_held(self) -> None:
+        """What was lost in lanes that are held is decided without sending anything."""
+        with db.session() as s:
+            db.see_all(s)
+            held = Lane.held_in_doubt(s)
+        self._started()
+        for tenant_id, channel_id in held:
+            Line.decide_held(tenant_id, channel_id, self.pace)
 
     def stop(self) -> None:
         """Begin nothing more, wait for the calls under way, and give all lanes back."""

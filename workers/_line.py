@@ -159,6 +159,27 @@ class Line:
             _say_disconnected(channel_id)
         return None
 
+    @classmethod
+    def decide_held(cls, tenant_id: UUID, channel_id: UUID, pace: Pace) -> None:
+        """Nothing is sent from a lane that is held, but what became of what was sent is decided all the same."""
+
+        def decide(s: Session) -> "Turn | None":
+            lane = Lane.lock_in_doubt(s, channel_id)
+            if lane is None:
+                return None
+            line = cls(lane, s.get_one(Channel, (tenant_id, channel_id)), uuid7(), pace)
+            line._abandoned(s)
+            turn = Turn(line, [])
+            turn._decide_overdue(s)
+            outgoing.wake(s, tenant_id, turn.left)
+            Event.append(s, turn.events)
+            DeadLetter.record(s, turn.letters)
+            return turn
+
+        turn = _in_one_commit([tenant_id], decide)
+        for say in turn.said if turn is not None else ():
+            say()
+
     def refresh(self) -> None:
         """Read the channel's settings anew, the lane staying ours; nothing is being sent in this moment."""
 

@@ -116,7 +116,7 @@ class _Packing:
 
     def _without_an_id(self, row: RowMapping, target: RowMapping) -> Verdict:
         """The message it refers to has no id of the provider's: not yet, or never."""
-        if target["status"] != MessageStatus.SENT:
+        if target["status"] not in (MessageStatus.SENT, MessageStatus.UNKNOWN):
             return _failed("reference_not_sent", _NOT_SENT)
         if row["tries"] + 1 >= _ID_TRIES:
             return _failed("reference_without_id", _NO_ID_YET)

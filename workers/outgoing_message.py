@@ -45,6 +45,7 @@ def outgoing_message_tick() -> None:
     with db.session() as s:
         db.see_all(s)
         outgoing.wake_forgotten(s)
+    lanes.decide_held()
     ring_lanes()
 
 

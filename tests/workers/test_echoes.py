@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from sqlalchemy import text
 
-from models import Channel, outgoing
+from models import Channel, Hold, Lane, outgoing
 from pombal import db
 from pombal.ids import uuid7
 from pombal.pace import Pace, client_for_pace
@@ -22,6 +22,7 @@ from tests.workers.sending import queue
 from workers._echoes import fingerprint
 from workers._effects import apply_items
 from workers._line import Line, Work
+from workers.outgoing_message import lanes
 
 PHONE = "5511944440001"
 BIA = inbound.Person((("phone", PHONE),), aliases=(("jid", PHONE),))
@@ -352,6 +353,42 @@ def test_two_with_the_same_words_are_told_apart_by_their_order(shop: Shop) -> No
 
     assert hear(shop, an_echo("A12")) == first.ids
     assert hear(shop, an_echo("A13")) == second.ids
+
+
+def disconnected(shop: Shop) -> None:
+    with db.session([shop.tenant.id]) as s:
+        Lane.set_hold(s, shop.channel.id, Hold.DISCONNECTED, code="disconnected", reason="not connected")
+
+
+def test_what_was_lost_before_a_drop_is_decided_while_nothing_is_sent(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    sending.answer(LOST)
+    sending.line.release()
+    disconnected(shop)
+    with db.session([shop.tenant.id]) as s:
+        s.execute(text("UPDATE message SET due_at = now() - interval '1 s' WHERE id = :id"), {"id": sending.ids[0]})
+
+    lanes.decide_held()
+    lanes.decide_held()
+
+    found = rows(shop, "SELECT status, due_at FROM message WHERE tenant_id = :tenant")
+    assert found == [{"status": "unknown", "due_at": None}]
+    assert rows(shop, "SELECT count(*) AS n FROM dead_letter WHERE tenant_id = :tenant") == [{"n": 1}]
+
+
+def test_what_a_dead_process_was_sending_when_the_session_dropped_is_unknown_and_not_under_way(shop: Shop) -> None:
+    Sending(shop, "Olá")
+    disconnected(shop)
+    lanes.decide_held()
+    assert [row["status"] for row in messages(shop)] == ["sending"]  # it has its lane still, and may write the answer
+    with db.session() as s:
+        s.execute(
+            text("UPDATE lane SET until = now() - interval '1 s' WHERE channel_id = :id"), {"id": shop.channel.id}
+        )
+
+    lanes.decide_held()
+
+    assert [row["status"] for row in messages(shop)] == ["unknown"]
 
 
 @pytest.mark.parametrize("echo_first", [True, False])
