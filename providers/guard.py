@@ -19,8 +19,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -42,7 +43,12 @@ _KEEP_ALIVE = 20.0  # seconds; servers close an idle one sooner or later, and th
 _READ, _READ_MORE, _AFTER = 64 * 1024, 512 * 1024, 2 * 1024 * 1024
 _RECORD = 16 * 1024
 _PORTS = {"https": 443, "http": 80}
-_LOOKUPS = 16  # names that one `Lookup` asks for at a time
+_LOOKUPS = 64  # names that one `Lookup` asks for at a time; each holds a thread for as long as the resolver takes
+_OF_ONE_PARENT = 4  # … of those that one party can make up, as many as it likes
+_HANGS = 5.0  # seconds after which nobody else waits for a name: a resolver's first try has failed by then
+_LEFT_ALONE = 15.0  # seconds in which a name is not asked for again whose look-up took so long and failed
+# Under a country's code they are everybody's: `com.br`, `co.uk`.
+_CATEGORIES = frozenset({"ac", "adv", "app", "co", "com", "eco", "edu", "emp", "gov", "ind", "net", "ne", "or", "org"})
 
 # The special blocks of IANA's registries. `is_global` is asked too, but lets most of those below through (X14), and
 # its list differs from one Python to the next.
@@ -260,38 +266,128 @@ class _Backend(httpcore.NetworkBackend):
         raise BlockedAddress("a socket of this machine")
 
 
+class _Asked:
+    """A name that is looked up, or waits for its turn."""
+
+    def __init__(self, host: str) -> None:
+        self.host, self.parent = host, _parent_of(host)
+        self.began_at: float | None = None
+        self.wanted_until = 0.0
+        self.found: Future[Sequence[str]] = Future()
+        # It counts as running from now on: then nobody who gives up cancels it for the others.
+        self.found.set_running_or_notify_cancel()
+
+    def fail(self, error: Exception) -> None:
+        with suppress(InvalidStateError):  # it was closed at the same moment
+            self.found.set_exception(error)
+
+
 class Lookup:
-    """Names looked up in threads of its own: one that takes forever keeps no others waiting, and is asked for once
-    however many wait for it. May be shared by all clients of a process."""
+    """Names looked up in threads of its own. May be shared by all clients, and all event loops, of a process.
+
+    A name is asked for once however many wait for it. What hangs holds its thread until the resolver gives up, and
+    nothing can end that sooner: so there are at most a few names of one parent in threads at once (the others wait for
+    each other), a name is left alone for a while after it hung, and one that nobody waits for any more is not begun.
+    Only somebody with many domains whose names hang can still make the others wait.
+    """
 
     def __init__(self, resolve: Resolver | None = None) -> None:
         self._resolve = resolve or addresses_of
         self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="lookup")
         self._lock = threading.Lock()
-        self._under_way: dict[str, Future[Sequence[str]]] = {}
+        self._under_way: dict[str, _Asked] = {}  # those that wait for their turn too
+        self._waiting: dict[str, deque[_Asked]] = {}  # … by parent
+        self._busy: Counter[str] = Counter()  # threads taken, by parent
+        self._left_alone: dict[str, float] = {}  # until when, by name
+        self._is_closed = False
 
     async def addresses(self, host: str, seconds: float) -> Sequence[str]:
-        """As `Resolver`. Raises `TimeoutError` when there is no answer in time, beside the resolver's own errors."""
+        """As `Resolver`. Raises `TimeoutError` when there is no answer in time, or was none lately, beside the
+        resolver's own errors."""
         with suppress(ValueError):
             return [str(ip_address(host))]  # nothing to look up
-        with self._lock:
-            future = self._under_way.get(host)
-            is_first = future is None
-            if future is None:
-                future = self._under_way[host] = self._threads.submit(self._resolve, host)
-        if is_first:
-            future.add_done_callback(lambda done: self._forget(host, done))
+        found = self._asked(host, seconds)
         async with asyncio.timeout(seconds):
-            return await asyncio.shield(asyncio.wrap_future(future))
-
-    def _forget(self, host: str, done: "Future[Sequence[str]]") -> None:
-        with self._lock:
-            if self._under_way.get(host) is done:
-                del self._under_way[host]
+            return await asyncio.wrap_future(found)
 
     def close(self) -> None:
         """Wait for nothing that is still being looked up."""
+        with self._lock:
+            self._is_closed = True
+            unbegun = [one for one in self._under_way.values() if one.began_at is None]
+            self._waiting.clear()
+            for one in unbegun:
+                del self._under_way[one.host]
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for one in unbegun:
+            one.fail(OSError("closed"))
+
+    def _asked(self, host: str, seconds: float) -> Future[Sequence[str]]:
+        now = time.monotonic()
+        with self._lock:
+            if self._is_closed:
+                raise OSError("closed")
+            one = self._under_way.get(host)
+            hangs = one is not None and one.began_at is not None and now - one.began_at > _HANGS
+            if hangs or self._left_alone.get(host, now) > now:
+                raise TimeoutError
+            if one is None:
+                one = self._under_way[host] = _Asked(host)
+                self._waiting.setdefault(one.parent, deque()).append(one)
+            one.wanted_until = max(one.wanted_until, now + seconds)
+            self._begin(one.parent)
+        return one.found
+
+    def _begin(self, parent: str) -> None:
+        """Give threads to names that wait, as far as their parent may have more. The lock must be held."""
+        waiting = self._waiting.get(parent, deque())
+        while waiting and self._busy[parent] < _OF_ONE_PARENT:
+            self._threads.submit(self._look_up, waiting.popleft())
+            self._busy[parent] += 1
+        if not waiting:
+            self._waiting.pop(parent, None)
+
+    def _look_up(self, one: _Asked) -> None:
+        with self._lock:
+            is_wanted = one.wanted_until > time.monotonic() and self._under_way.get(one.host) is one
+            if is_wanted:
+                one.began_at = time.monotonic()
+            else:
+                self._forget(one)  # now: nobody may begin to wait for it
+        # It is forgotten before it is told: who has heard the answer and asks again is given a new one.
+        try:
+            if not is_wanted:
+                raise TimeoutError
+            addresses = self._resolve(one.host)
+        except Exception as error:
+            self._ended(one, has_failed=True)
+            one.fail(error)
+        else:
+            self._ended(one, has_failed=False)
+            one.found.set_result(addresses)
+
+    def _ended(self, one: _Asked, *, has_failed: bool) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._forget(one)
+            if has_failed and one.began_at is not None and now - one.began_at > _HANGS:
+                self._left_alone = {host: until for host, until in self._left_alone.items() if until > now}
+                self._left_alone[one.host] = now + _LEFT_ALONE
+            self._busy[one.parent] -= 1
+            if not self._busy[one.parent]:
+                del self._busy[one.parent]
+            self._begin(one.parent)
+
+    def _forget(self, one: _Asked) -> None:
+        if self._under_way.get(one.host) is one:
+            del self._under_way[one.host]
+
+
+def _parent_of(host: str) -> str:
+    """The domain whose owner may have made this name up: two labels of it, or three under `com.br` and its like."""
+    labels = host.lower().split(".")
+    is_shared = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in _CATEGORIES
+    return ".".join(labels[-3 if is_shared else -2 :])
 
 
 class _AsyncTransport(httpx.AsyncHTTPTransport):

@@ -7,7 +7,9 @@ import re
 
 from providers.media import HEAD, MediaFault, Received, Sink
 
-_PREFIX = re.compile(rb"data:([-\w.+]+/[-\w.+]+)?(; ?[-\w.+]+=[-\w.+\"]*)*;base64,", re.ASCII | re.IGNORECASE)
+# Whatever stands in it but the last word: gateways write `data:undefined;base64,`, and names of files.
+_PREFIX = re.compile(rb"data:([^,;]*)(?:;[^,]*)?;base64,", re.IGNORECASE)
+_MIME = re.compile(rb"[-\w.+]+/[-\w.+]+", re.ASCII)
 _LONGEST_PREFIX = 256
 
 
@@ -48,7 +50,8 @@ class Decoder:
         match = _PREFIX.match(start[:_LONGEST_PREFIX])
         if match is None:
             return start  # a colon, or whatever else is wrong with it, is no base64
-        self._mime = match.group(1).decode().lower() if match.group(1) else None
+        mime = _MIME.fullmatch(match.group(1).strip())
+        self._mime = mime.group().decode().lower() if mime else None
         return start[match.end() :]
 
     def _decode(self, piece: bytes) -> None:

@@ -46,14 +46,14 @@ def spelt(jid: Jid) -> str:
     return f"{jid.value}@{'g.us' if jid.kind == 'group' else jid.kind}"
 
 
-def person(jid: Jid, other: Jid | None = None, name: str | None = None) -> Person:
+def person(jid: Jid, other: Jid | None = None, name: str | None = None, *, is_own_word: bool = True) -> Person:
     """Who an address of kind `phone`, `lid` or `group` is of; `other` is what the provider names beside it (`…Alt`).
 
     The phone as it came is an alias as well, so that a send finds the spelling that WhatsApp itself has for a Brazilian
-    number.
+    number; but only where they wrote themselves (`is_own_word`): what was sent to them is spelt as its sender did.
     """
     if jid.kind == "group":
         return Person((("group", jid.value),), name)
     known = {one.kind: one.value for one in (other, jid) if one is not None}
     identities = tuple((kind, known[kind]) for kind in ("lid", "phone") if kind in known)
-    return Person(identities, name, (("jid", known["phone"]),) if "phone" in known else ())
+    return Person(identities, name, (("jid", known["phone"]),) if "phone" in known and is_own_word else ())

@@ -37,6 +37,7 @@ _MOST_INSTANCES = 100_000
 _PICTURES = ("image/png", "image/jpeg")
 _STATUSES: dict[str, Literal["connected", "disconnected"]] = {"connected": "connected", "disconnected": "disconnected"}
 _KEY = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LIST = "list"  # `GET /rest/instance/list` is another call; no other has its word where the key of one stands last
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 _HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?)*")
 _OWN_ID = re.compile(r"([0-9]{5,20})(?::[0-9]{1,4})?@(?:s\.whatsapp\.net|c\.us)")
@@ -83,6 +84,8 @@ def check_key(text: str) -> str:
     """The key of an instance as it may stand in a path (O6). Raises `Rejected`."""
     if not _KEY.fullmatch(text) or text in (".", ".."):
         raise Rejected("the instance key may have letters, digits, dots, hyphens and underscores, at most 128 in all")
+    if text.lower() == _LIST:
+        raise Rejected(f"no instance can have the key {_LIST!r}: what asks for it lists all instances of the host")
     return text
 
 

@@ -178,6 +178,8 @@ class Answer:
             # It may be the text of an error: kept like the rest, so that the answer is understood to its end.
             self._fault = fault
             self._is_in_data, self._is_in_string, self._string_at = False, True, len(self._around)
+            if self._is_escaped:
+                self._around += b"\\"  # it came at the end of the chunk before
             return at
         self._is_escaped = has_half
         if end < 0:

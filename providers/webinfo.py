@@ -16,7 +16,7 @@ from providers import jid
 from providers.inbound import Message, Notice, Person, Status
 from providers.jid import Jid
 from providers.values import MAX_ID, MAX_NAME, MAX_STATUS, MAX_TYPE, id_of, required_id, text_of, time_of
-from providers.webmessage import content, kept
+from providers.webmessage import Content, content, kept
 
 # `WebMessageInfo.Status`, by number and by name; None: nothing has become of it yet.
 _ACKS: Mapping[str, str | None] = {
@@ -32,6 +32,7 @@ _ACKS: Mapping[str, str | None] = {
     "viewed": "read",
     "5": "played",
 }
+_WORDS = frozenset({*_ACKS, "sent", "delivered", "read", "played", "failed"})
 _UNDECRYPTABLE = (2, "2", "CIPHERTEXT")
 _MAX_PARAMETERS = 20
 _MOST_STUBS = 1_000  # there are some two hundred kinds
@@ -58,28 +59,59 @@ class _Key(NamedTuple):
 Found: TypeAlias = Message | Status | Notice | Ignored
 
 
-def read(path: str, element: dict[str, Any], account: str | None, received_at: datetime) -> Found:
-    """What an element with a `key` says. `account` tells notices of one instance from those of another.
+def read(
+    path: str, element: dict[str, Any], account: str | None, received_at: datetime, *, is_ack: bool = False
+) -> list[Found]:
+    """What an element with a `key` says: one thing, or two where an ack brings its message along.
 
-    Raises `Rejected` for one that cannot be understood.
+    `account` tells notices of one instance from those of another; `is_ack`: it is called an ack, so that its own
+    `status` is one. Raises `Rejected` for one that cannot be understood.
     """
-    key = _key(element)
-    if isinstance(key, Ignored):
-        return key
-    update = element.get("update")
-    at = _time(element)
-    if type(update) is dict:
-        if "status" in update:
-            return _ack(path, key, update["status"], _time(update) or at or received_at)
-        changed = {"update": kept(update)}
-        return _notice(path, "message_update", key, changed, [account, changed], at or received_at)
     message = element.get("message")
     if type(message) is str:
         message = {"conversation": message}
+    if is_ack and not message and "fromMe" not in element["key"]:  # acks are of what we sent
+        element = element | {"key": element["key"] | {"fromMe": True}}
+    key = _key(element)
+    if isinstance(key, Ignored):
+        return [key]
+    update = element.get("update")
+    at = _time(element)
     said = content(message, element.get("contextInfo")) if type(message) is dict else None
-    if said is None or said.is_protocol:
-        kind, details = _silent(element) if said is None else ("protocol_message", said.body)
-        return _notice(path, kind, key, details, [account], at or received_at)
+    holder = _with_status(element, key, is_ack=is_ack, is_empty=said is None)
+    if said is not None and not said.is_protocol:
+        found: list[Found] = [_message(path, key, said, at, received_at)]
+        if holder and is_ack_word(holder["status"]):
+            told_at = None if holder is element else _time(holder)  # the element's own time is the message's
+            found.append(_ack(path, key, holder["status"], told_at or received_at))
+        return found
+    if holder:
+        return [_ack(path, key, holder["status"], _time(holder) or at or received_at)]
+    if type(update) is dict and said is None:
+        changed = {"update": kept(update)}
+        return [_notice(path, "message_update", key, changed, [account, changed], at or received_at)]
+    kind, details = _silent(element) if said is None else ("protocol_message", said.body)
+    return [_notice(path, kind, key, details, [account], at or received_at)]
+
+
+def _with_status(element: dict[str, Any], key: _Key, *, is_ack: bool, is_empty: bool) -> dict[str, Any] | None:
+    """The object whose `status` is an ack, if there is one. A message has a status too, which says nothing new; one of
+    ours without any content says nothing else."""
+    update = element.get("update")
+    if type(update) is dict and "status" in update:
+        return update
+    if "status" not in element:
+        return None
+    is_alone = is_empty and key.is_ours and not element.get("messageStubType") and is_ack_word(element["status"])
+    return element if is_ack or is_alone else None
+
+
+def is_ack_word(status: Any) -> bool:
+    """Whether it is known to be what became of a message, as a word or a number."""
+    return type(status) in (int, str) and str(status).lower() in _WORDS
+
+
+def _message(path: str, key: _Key, said: Content, at: datetime | None, received_at: datetime) -> Message:
     body = said.body | {"key": key.given}
     if at is None:
         body["pombal"] = body.get("pombal", {}) | {"odd_timestamp": True}
@@ -130,7 +162,8 @@ def _key(element: dict[str, Any]) -> _Key | Ignored:
         beside = _other(key, "participantAlt", "participantPn", "participantLid")
         person = chat_person if author is None or is_ours else jid.person(author, beside, name)
     else:
-        person = chat_person = jid.person(chat, _other(key, "remoteJidAlt", "senderPn", "senderLid"), name)
+        beside = _other(key, "remoteJidAlt", "senderPn", "senderLid")
+        person = chat_person = jid.person(chat, beside, name, is_own_word=not is_ours)
     return _Key(id_, chat, person, chat_person, author, is_ours, given)
 
 

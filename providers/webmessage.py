@@ -36,7 +36,7 @@ _WRAPPERS = (
 _NO_CONTENT = frozenset(
     {"senderKeyDistributionMessage", "fastRatchetKeySenderKeyDistributionMessage", "messageContextInfo"}
 )
-# Kinds of `protocolMessage`. Zero may be missing: serializers leave defaults out.
+# Kinds of `protocolMessage`, by number and by name. Zero may be missing: serializers leave defaults out.
 _DELETED, _EDITED = (0, "0", "REVOKE"), (14, "14", "MESSAGE_EDIT")
 
 _MAX_KEPT = 64 * 1024  # bytes of an object that we only keep
@@ -49,20 +49,21 @@ _MAX_LINK = 2_048
 _MAX_BYTES = 512  # of a key or a checksum
 _OFTEN_FORWARDED = 5  # from here on WhatsApp says "many times"
 # Pictures and key material inside objects that we keep: large, or secret, and of no use to a reader.
+# Named as `_plain` has it.
 _LEFT_OUT = frozenset(
     {
         "apikey",
         "authorization",
         "base64",
-        "fileEncSha256",
-        "jpegThumbnail",
-        "mediaKey",
-        "messageSecret",
-        "pairingCode",
-        "pngThumbnail",
+        "fileencsha256",
+        "jpegthumbnail",
+        "mediakey",
+        "messagesecret",
+        "pairingcode",
+        "pngthumbnail",
         "qrcode",
-        "scansSidecar",
-        "streamingSidecar",
+        "scanssidecar",
+        "streamingsidecar",
         "thumbnail",
         "token",
         "waveform",
@@ -112,8 +113,13 @@ def kept(value: dict[str, Any]) -> dict[str, Any]:
 
 def _without(value: Any) -> Any:
     if type(value) is dict:
-        return {name: _without(inner) for name, inner in value.items() if name not in _LEFT_OUT}
+        return {name: _without(inner) for name, inner in value.items() if _plain(name) not in _LEFT_OUT}
     return [_without(inner) for inner in value] if type(value) is list else value
+
+
+def _plain(name: str) -> str:
+    """A name without what one gateway writes differently from another: `apiKey`, `APIKEY`, `api_key`."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _unwrapped(message: dict[str, Any]) -> dict[str, Any]:
@@ -301,15 +307,20 @@ def _protocol(value: Any) -> Content | None:
     key, type_ = value.get("key"), value.get("type")
     target = id_of(key, "id") if type(key) is dict else None
     edited = value.get("editedMessage")
-    if target is not None and type(edited) is dict and (type_ is None or type_ in _EDITED):
+    if target is not None and type(edited) is dict and _is_of(type_, _EDITED):
         new = content(edited)
         if new is not None and new.type not in ("edit", "protocol"):
             message = {"type": new.type, **new.body}
             return Content("edit", {"edit": {"original_message_id": target, "message": message}}, new.file)
-    elif target is not None and (type_ is None or type_ in _DELETED):
+    elif target is not None and _is_of(type_, _DELETED):
         return Content("revoke", {"revoke": {"original_message_id": target}})
     said = type_ if type(type_) is int else text_of(value, "type", MAX_TYPE)
     return Content("protocol", _present({"type": said}), is_protocol=True)
+
+
+def _is_of(type_: Any, kinds: tuple[int | str, ...]) -> bool:
+    """Python finds that `False`, and 0.0, is among numbers with a zero: neither is a kind."""
+    return type_ is None or (type(type_) in (int, str) and type_ in kinds)
 
 
 def _buttons_reply(value: Any) -> Content | None:

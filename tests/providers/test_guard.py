@@ -1,12 +1,13 @@
 """Where a guarded client connects to, and for how long, over real sockets."""
 
 import asyncio
+import gc
 import socket
 import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -785,6 +786,158 @@ def test_no_resolver_holds_up_a_loop_nor_those_who_ask_for_other_names() -> None
     assert quick == 200
     assert all(isinstance(one, httpx.ConnectTimeout) for one in slow)
     assert asked.count("slow.example") == 1
+
+
+class Names:
+    """A resolver, to which every name that has `tar` in it hangs until it `goes_on`, and is none then."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.goes_on = threading.Event()
+
+    def __call__(self, host: str) -> list[str]:
+        self.asked.append(host)
+        if "tar" in host:
+            self.goes_on.wait(20)
+            raise OSError("no such name")
+        return ["1.1.1.1"]
+
+
+def looked_up(does: Callable[[guard.Lookup, Names], Awaitable[None]]) -> list[dict[str, Any]]:
+    """Run it, and then let go what hangs; returns what the event loop had to complain about."""
+    names, complaints = Names(), list[dict[str, Any]]()
+    lookup = guard.Lookup(names)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+        try:
+            await does(lookup, names)
+        finally:
+            names.goes_on.set()
+        with suppress(OSError):
+            await lookup.addresses("good.example", 20)
+        gc.collect()
+
+    try:
+        asyncio.run(run())
+    finally:
+        lookup.close()
+    return complaints
+
+
+async def gives_up(lookup: guard.Lookup, *hosts: str) -> None:
+    """Nobody gets an answer in time."""
+    found = await asyncio.gather(*(lookup.addresses(host, 0.1) for host in hosts), return_exceptions=True)
+    assert all(isinstance(one, TimeoutError) for one in found)
+
+
+async def hang(lookup: guard.Lookup, names: Names, *hosts: str) -> None:
+    """All of them are asked for, and whoever asked has gone away."""
+    tasks = [asyncio.create_task(lookup.addresses(host, 60)) for host in hosts]
+    await asyncio.to_thread(until, lambda: set(hosts) <= set(names.asked))
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def test_names_that_hang_leave_room_for_others() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        for n in range(0, 48, 16):
+            await hang(lookup, names, *(f"tar{n + m}.example" for m in range(16)))
+            assert await lookup.addresses("good.example", 10) == ["1.1.1.1"]
+
+    assert looked_up(does) == []
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("their.example", "our.example"), ("their.com.br", "our.com.br")])
+def test_a_domain_that_makes_up_names_holds_up_its_own_alone(theirs: str, ours: str) -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        await hang(lookup, names, *(f"tar{n}.{theirs}" for n in range(4)))
+        await gives_up(lookup, *(f"tar{n}.{theirs}" for n in range(200)))
+        assert await lookup.addresses(f"api2.{ours}", 10) == ["1.1.1.1"]
+        assert len(names.asked) == 5
+        await gives_up(lookup, f"good.{theirs}")
+
+    assert looked_up(does) == []
+
+
+def test_names_of_one_domain_wait_for_each_other() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        good = [f"good{n}.our.example" for n in range(50)]
+        found = await asyncio.gather(*(lookup.addresses(host, 20) for host in good))
+        assert found == [["1.1.1.1"]] * 50
+        assert sorted(names.asked) == sorted(good)
+
+    assert looked_up(does) == []
+
+
+def test_a_name_that_nobody_waits_for_any_more_is_not_begun() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        hanging, late = [[f"tar{n}.our.example" for n in range(start, start + 4)] for start in (0, 4)]
+        await hang(lookup, names, *hanging)
+        await gives_up(lookup, *late)
+        names.goes_on.set()
+        assert await lookup.addresses("good.our.example", 10) == ["1.1.1.1"]
+        assert sorted(names.asked) == ["good.our.example", *hanging]
+
+    assert looked_up(does) == []
+
+
+def test_a_name_that_hung_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_HANGS", 0.0)
+
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        await hang(lookup, names, "tar.example")
+        names.goes_on.set()
+        await asyncio.to_thread(until, lambda: not lookup._under_way)
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await lookup.addresses("tar.example", 10)
+        assert await lookup.addresses("good.example", 10) == ["1.1.1.1"]
+        assert names.asked == ["tar.example", "good.example"]
+        monkeypatch.setattr(guard, "_LEFT_ALONE", 0.0)
+        lookup._left_alone.clear()
+        for _ in range(3):
+            with pytest.raises(OSError, match="no such name"):
+                await lookup.addresses("tar.example", 10)
+
+    assert looked_up(does) == []
+
+
+def test_a_name_that_fails_at_once_may_be_asked_for_again_at_once() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        names.goes_on.set()
+        for _ in range(3):
+            with pytest.raises(OSError, match="no such name"):
+                await lookup.addresses("tar.example", 10)
+        assert len(names.asked) == 3
+
+    assert looked_up(does) == []
+
+
+def test_those_who_gave_up_leave_no_error_behind() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        await hang(lookup, names, "tar.example", "tar.example")
+        await gives_up(lookup, "tar.example")
+        names.goes_on.set()
+        with suppress(OSError):
+            await lookup.addresses("tar.example", 10)
+        await asyncio.to_thread(until, lambda: not lookup._under_way)
+
+    assert looked_up(does) == []
+
+
+def test_a_closed_lookup_keeps_nobody_waiting() -> None:
+    async def does(lookup: guard.Lookup, names: Names) -> None:
+        await hang(lookup, names, *(f"tar{n}.our.example" for n in range(4)))
+        waits = asyncio.ensure_future(lookup.addresses("good.our.example", 60))
+        await asyncio.sleep(0)
+        lookup.close()
+        for late in (waits, lookup.addresses("good.example", 60)):
+            with pytest.raises(OSError, match="closed"):
+                await late
+
+    assert looked_up(does) == []
 
 
 @pytest.mark.parametrize("resolve", [leads_to(), leads_to("not an address"), no_such_name])

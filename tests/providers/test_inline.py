@@ -29,6 +29,13 @@ PREFIXES = {
     b"data:audio/ogg; codecs=opus;base64,": "audio/ogg",
     b"data:;base64,": None,
     b"DATA:Application/PDF;BASE64,": "application/pdf",
+    b"data:undefined;base64,": None,
+    b"data:null;base64,": None,
+    b"data:undefined/;x;base64,": None,
+    b"data:application/pdf;name=a%20b.pdf;base64,": "application/pdf",
+    b"data:application/pdf;name=nota (1).pdf;base64,": "application/pdf",
+    "data:image/png;name=ação.png;base64,".encode(): "image/png",
+    b"data:" + b"x" * 243 + b";base64,": None,
 }
 
 
@@ -57,6 +64,12 @@ def test_only_its_beginning_is_kept() -> None:
         *(b"abc", b"ab!d", "abcdÿ===".encode(), b"ab=dabcd", b"data:image/jpeg;base64", b"data:text/html,<b>"),
         *(b"abcd\nabcd\n\n\n", b"====", b"YQ==YQ==", b"YQ==A", b"YQ=", b"ab-_", b"data:;base64,data:;base64,"),
         *(b"data:", b"dat", b"data:image/png;base64;base64,YQ==" + b"A" * 300, b"data:" + b"x" * 1000, b"YQ= ="),
+        *(
+            b"data:" + b"x" * 244 + b";base64,YQ==",
+            b"data:base64,YQ==",
+            b"data:undefined;base64,YQ=",
+            b"data:a,b;base64,YQ==",
+        ),
     ],
 )
 def test_what_is_not_base64_is_refused(text: bytes, step: int) -> None:

@@ -479,13 +479,17 @@ def test_no_text_can_do_more_than_be_refused(text: str) -> None:
     assert normal_host(host) == host
 
 
-@pytest.mark.parametrize("key", ["megastart-AbC", "a", ".a", "a..b", "demo_mega", "x" * 128])
+@pytest.mark.parametrize("key", ["megastart-AbC", "a", ".a", "a..b", "demo_mega", "lists", "init", "x" * 128])
 def test_a_key_that_can_stand_in_a_path(key: str) -> None:
     assert check_key(key) == key
 
 
 @pytest.mark.parametrize(
-    "key", ["", ".", "..", "a/b", "../x", "a?b", "a#b", "a%2fb", "a b", "a\r\nb", "a\n", "á", "x" * 129, "a\\b", "a;b"]
+    "key",
+    [
+        *("", ".", "..", "a/b", "../x", "a?b", "a#b", "a%2fb", "a b", "a\r\nb", "a\n", "á", "x" * 129, "a\\b", "a;b"),
+        *("list", "LIST", "List"),
+    ],
 )
 def test_a_key_that_could_lead_elsewhere_is_refused(key: str) -> None:
     with pytest.raises(Rejected):

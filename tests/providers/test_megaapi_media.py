@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 import providers
 from pombal.errors import Permanent
 from providers import guard
+from providers.inline import Decoder
 from providers.link import Link
 from providers.media import FAULTS, MediaFault, Received
-from providers.megaapi_media import MegaMedia
+from providers.megaapi_media import Answer, MegaMedia
 from tests.providers.test_guard import a_server as a_raw_server
 from tests.providers.test_guard import drips, says_nothing
 from tests.providers.test_megaapi import KEY, TLS, TOKEN
@@ -179,6 +180,33 @@ def test_it_does_not_matter_how_the_bytes_come(content: bytes, cuts: list[int], 
     heard(in_chunks(text.encode(), cuts), into, sha256=None)
 
     assert into.bytes == b"x" + content
+
+
+@given(st.text(st.sampled_from('\\"/ab= é\n'), max_size=12), st.lists(st.integers(1, 20), max_size=20), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_text_of_an_error_is_understood_however_it_is_cut(text: str, cuts: list[int], is_ascii: bool) -> None:
+    body = json.dumps({"data": f"no {text}", "error": True, "message": "no"}, ensure_ascii=is_ascii)
+
+    assert answered(body.encode(), cuts) == "rejected"
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_an_escape_may_be_cut_in_two(cut: int) -> None:
+    assert answered(b'{"data":"abcd\\"efgh \\u00e9","error":true}', [cut]) == "rejected"
+
+
+def answered(body: bytes, cuts: list[int]) -> str:
+    """The code of the fault that a body is, whose pieces are so long."""
+    answer = Answer(Decoder(Kept(), 1_000))
+    try:
+        for cut in cuts:
+            answer.feed(body[:cut])
+            body = body[cut:]
+        answer.feed(body)
+        answer.finished()
+    except MediaFault as fault:
+        return fault.code
+    return "none"
 
 
 def test_a_large_file_is_never_whole_in_memory() -> None:

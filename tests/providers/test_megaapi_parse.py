@@ -23,6 +23,7 @@ SENT = datetime.fromtimestamp(AT, UTC)
 KEY = "megacode-EXEMPLO"
 GROUP = "120363000000000001@g.us"
 BIA = Person((("phone", "5511944440001"),), "Bia", (("jid", "5511944440001"),))
+BIA_UNHEARD = Person(BIA.identities)  # as somebody is known to whom we wrote
 SAMPLE = json.loads("""
     {"instance_key":"megacode-EXEMPLO","jid":"5511900000001@s.whatsapp.net","messageType":"conversation",
      "key":{"remoteJid":"5511900000002@s.whatsapp.net","fromMe":false,"id":"00AA11BB22CC33DD44EE55FF66778899"},
@@ -165,6 +166,31 @@ def test_a_body_that_says_nothing_readable_is_rejected(raw: bytes, reason: str) 
         parse(raw, NOW)
 
 
+def test_data_beside_messages_hides_none_of_them() -> None:
+    both = {"instance_key": KEY, "event": "messages.upsert", "data": {"foo": 1}, "messages": [flat(KEY), flat(KEY)]}
+
+    assert [type(change.items[0]) for change in read(both).changes] == [Notice, Message, Message]
+    del both["event"]
+    parsed = read(both | {"data": {"foo": 1}})
+    assert [change.path for change in parsed.changes] == ["$.messages[0]", "$.messages[1]"]
+    assert parsed.rejects == [Reject("$.data", "neither a message nor an event")]
+    for data in ([flat(KEY)], {"messages": [flat(KEY)]}, flat(KEY)):
+        assert len(read(both | {"data": data}).changes) == 3
+
+
+def test_only_the_first_rejects_are_told_apart_and_the_rest_are_counted() -> None:
+    parsed = parse(b"[" + b"{}," * 100_000 + encoded(flat(KEY)) + b"]", NOW)
+
+    assert [change.path for change in parsed.changes] == ["$[100000]"]
+    assert [one.path for one in parsed.rejects[:100]] == [f"$[{n}]" for n in range(100)]
+    assert parsed.rejects[100:] == [Reject("$", "99900 more like these")]
+    for number in (100, 101):
+        rejects = read({"messages": [7] * number}).rejects
+        assert len(rejects) == number
+        assert rejects[99] == Reject("$.messages[99]", "not an object")
+        assert rejects[100:] == [Reject("$", "1 more like these")][: number - 100]
+
+
 def test_an_empty_list_says_nothing() -> None:
     assert read([]) == Parsed([], [])
 
@@ -185,8 +211,16 @@ def test_a_message_of_ours_is_an_echo_to_whom_it_went() -> None:
     echo = message(fromMe=True, pushName="Loja")
 
     assert (echo.direction, echo.may_be_ours) == ("out", True)
-    assert echo.person == echo.chat == Person(BIA.identities, None, BIA.aliases)
+    assert echo.person == echo.chat == BIA_UNHEARD
     assert not message().may_be_ours
+
+
+def test_what_we_sent_is_no_proof_of_how_whatsapp_spells_a_number() -> None:
+    ours = only(flat(KEY, fromMe=True, remoteJid="77@lid", remoteJidAlt=CUSTOMER))
+
+    assert ours.chat.identities == (("lid", "77"), ("phone", "5511944440001"))
+    assert ours.chat.aliases == only(ack(KEY, "A", 3)).chat.aliases == ()
+    assert message().chat.aliases == (("jid", "5511944440001"),)
 
 
 def test_a_group_message_is_by_its_author_in_the_group() -> None:
@@ -302,7 +336,57 @@ def test_a_file_comes_with_its_message() -> None:
 def test_an_ack_is_a_status_on_its_own_scale(given: Any, word: str) -> None:
     made = only(ack(KEY, "A", given))
 
-    assert made == Status("$", "A", word, NOW, chat=Person(BIA.identities, None, BIA.aliases))
+    assert made == Status("$", "A", word, NOW, chat=BIA_UNHEARD)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        *((0, "failed"), (2, "sent"), ("3", "delivered"), (4, "read"), ("5", "played"), ("READ", "read")),
+        *((one, one) for one in ("sent", "delivered", "read", "played", "failed")),
+    ],
+)
+def test_the_status_of_an_ack_may_lie_beside_its_key(given: Any, word: str) -> None:
+    flat_one = ack(KEY, "A", ...) | {"status": given}
+    del flat_one["update"]
+    key = flat_one["key"]
+    unsaid = {name: value for name, value in key.items() if name != "fromMe"}
+
+    assert only(flat_one) == Status("$", "A", word, NOW, chat=BIA_UNHEARD)
+    for event in ("delivery", "status", "message.ack", "messages.update"):
+        for one in (key, unsaid):
+            made = only({"instanceKey": KEY, "event": event, "data": {"key": one, "status": given}})
+            assert (made.status, made.provider_id, made.chat) == (word, "A", BIA_UNHEARD)
+    assert only({"instanceKey": KEY, "key": key, "status": given}).status == word
+
+
+def test_a_status_beside_a_key_is_no_ack_where_nothing_says_so() -> None:
+    theirs = {"instance_key": KEY, "key": flat(KEY, id_="A")["key"]}
+
+    assert read(theirs | {"messageType": "message.ack", "status": 4}).ignored == "an ack of a message of somebody else"
+    for body in (
+        theirs | {"status": 4},
+        ack(KEY, "A", 3) | {"messageType": "x", "update": ..., "status": "warm"},
+        stub(fromMe=True, status=2),
+    ):
+        assert isinstance(only({name: value for name, value in body.items() if value is not ...}), Notice)
+    assert [type(one) for one in read(flat(KEY, fromMe=True, status=2)).changes[0].items] == [Message]
+    with pytest.raises(Rejected, match="no status"):
+        read({"instance_key": KEY, "messageType": "message.ack", "key": theirs["key"], "status": None})
+
+
+@pytest.mark.parametrize("update", [{}, {"starred": True}, {"status": None}, {"status": "x" * 99}, {"status": 4}])
+def test_a_message_with_an_update_beside_it_is_a_message(update: Any) -> None:
+    assert message(update=update).body["text"] == {"body": "Bom dia"}
+
+
+@pytest.mark.parametrize("more", [{"update": {"status": 4, "timestamp": AT}}, {"messageType": "delivery", "status": 4}])
+def test_an_ack_that_brings_its_message_along_is_both(more: Any) -> None:
+    (change,) = read(flat(KEY, id_="A", fromMe=True) | more).changes
+    said, became = change.items
+
+    assert isinstance(said, Message)
+    assert became == Status("$", "A", "read", SENT if "update" in more else NOW, chat=BIA_UNHEARD)
 
 
 def test_a_pending_ack_says_nothing_and_one_of_a_message_of_somebody_else_neither() -> None:
@@ -333,7 +417,7 @@ def test_an_ack_may_be_wrapped_and_without_a_key() -> None:
     made = only({"instance": KEY, "event": "messages.update", "data": data})
     seed = only({"instanceKey": KEY, "event": "delivery", "data": {"id": "A", "to": CUSTOMER, "status": 3}})
 
-    assert (made.provider_id, made.status, made.chat) == ("A", "read", Person(BIA.identities, None, BIA.aliases))
+    assert (made.provider_id, made.status, made.chat) == ("A", "read", BIA_UNHEARD)
     assert (seed.provider_id, seed.status) == ("A", "delivered")
 
 
@@ -352,6 +436,9 @@ def test_an_ack_may_be_wrapped_and_without_a_key() -> None:
         ({"instance_key": KEY, "messageType": "hologram", "message": "phone_gone"}, "phone_gone"),
         (connection(KEY) | {"key": {"remoteJid": CUSTOMER, "fromMe": True, "id": "A"}}, "phone_connected"),
         ({"instanceKey": KEY, "event": "connection", "data": {}}, "connection"),
+        ({"instanceKey": KEY, "event": "status", "data": {"id": "k", "status": "disconnected"}}, "disconnected"),
+        ({"instanceKey": KEY, "event": "status", "data": {"key": {"id": "k"}, "status": "close"}}, "close"),
+        ({"instanceKey": KEY, "event": "status", "data": {"id": "k", "to": CUSTOMER, "status": "open"}}, "open"),
     ],
 )
 def test_a_connection_event_is_a_word_and_no_state(body: Any, word: str) -> None:
@@ -396,6 +483,7 @@ def test_a_message_that_could_not_be_decrypted_is_a_notice() -> None:
         (flat(KEY, ..., update={"starred": True}), "message_update"),
         ({"instance": KEY, "event": "Presence.Update", "data": {"id": CUSTOMER, "apikey": "s"}}, "presence.update"),
         ({"instance": KEY, "event": "delivery", "data": {"x": 1}}, "delivery"),
+        ({"instance": KEY, "event": "delivery", "data": {"id": "A", "status": 3}}, "delivery"),
     ],
 )
 def test_whatever_else_is_kept_as_a_notice(body: Any, type_: str) -> None:
@@ -404,6 +492,14 @@ def test_whatever_else_is_kept_as_a_notice(body: Any, type_: str) -> None:
     assert isinstance(made, Notice)
     assert made.type == type_
     assert "apikey" not in made.payload
+
+
+def test_no_spelling_of_a_secrets_name_is_kept() -> None:
+    secrets = dict.fromkeys(("token", "Token", "TOKEN", "apiKey", "api_key", "X", "MediaKey", "pairing-code"), "secret")
+
+    made = only({"instance": KEY, "event": "foo", "data": {"deep": [secrets]}})
+
+    assert made.payload == {"deep": [{"X": "secret"}]}
 
 
 def test_told_again_it_is_the_same_notice_and_another_one_is_not() -> None:
@@ -440,6 +536,8 @@ BODIES = [
     ack(KEY, "A", 3),
     stub(),
     connection(KEY),
+    {"instanceKey": KEY, "event": "delivery", "data": {"key": flat(KEY, fromMe=True)["key"], "status": "read"}},
+    {"instanceKey": KEY, "event": "status", "data": {"id": "k", "status": "disconnected"}, "messages": [flat(KEY)]},
     {"instanceKey": KEY, "event": "message", "data": {"messages": [flat(KEY)]}},
     {"instanceKey": KEY, "event": "delivery", "data": {"id": "A", "to": CUSTOMER, "status": 3}},
 ]

@@ -293,6 +293,12 @@ def test_what_devices_tell_each_other_is_no_message(type_: Any) -> None:
     assert "secret" not in str(found.body)
 
 
+@pytest.mark.parametrize("type_", [False, True, 0.0, 14.0, [], {}])
+def test_only_a_number_or_a_name_can_be_that_of_a_deletion_or_an_edit(type_: Any) -> None:
+    assert said(edited({"conversation": "x"}, type_)).is_protocol
+    assert said({"protocolMessage": {"key": {"id": "OLD"}, "type": type_}}).is_protocol
+
+
 @pytest.mark.parametrize("inner", [{}, edited({"conversation": "x"}), {"protocolMessage": {"type": 3}}])
 def test_an_edit_of_nothing_is_no_message(inner: dict[str, Any]) -> None:
     assert said(edited(inner)).is_protocol

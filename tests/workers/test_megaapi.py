@@ -108,6 +108,17 @@ def test_the_number_as_whatsapp_spells_it_is_kept_beside_every_other_spelling() 
     assert len(set(identities(gateway).values())) == 1
 
 
+def test_the_spelling_of_what_we_sent_is_not_kept_as_whatsapps() -> None:
+    gateway = a_gateway()
+
+    received(gateway, flat(gateway, remoteJid="5548988880001@s.whatsapp.net", fromMe=True))
+    assert {kind for kind, _ in identities(gateway)} == {"phone"}
+    received(gateway, flat(gateway, remoteJid="554888880001@s.whatsapp.net"))
+
+    assert {value for kind, value in identities(gateway) if kind == "jid"} == {"554888880001"}
+    assert len(set(identities(gateway).values())) == 1
+
+
 def test_somebody_by_lid_and_by_phone_is_one_contact_and_the_lids_digits_are_no_phone() -> None:
     gateway = a_gateway()
 
@@ -182,6 +193,29 @@ def test_acks_only_rise_in_whatever_order_they_come(order: tuple[int, ...], at_o
     row = message(gateway)
     assert row["status"] == "read"
     assert None not in (row["sent_at"], row["delivered_at"], row["read_at"])
+
+
+def test_acks_of_every_form_settle_a_message() -> None:
+    gateway, id_ = a_gateway(), an_id()
+    body = flat(gateway, id_=id_, fromMe=True)
+    beside = {"instance_key": gateway.instance, "messageType": "message.ack", "key": body["key"], "status": 3}
+    seed = {"instanceKey": gateway.instance, "event": "delivery", "data": {"key": body["key"], "status": "read"}}
+
+    received(gateway, body)
+    for form, word in ((beside, "delivered"), (seed, "read"), (body | {"update": {"status": "5"}}, "played")):
+        received(gateway, form)
+        assert message(gateway)["status"] == word
+    assert {row["type"] for row in gateway.rows("SELECT type FROM event")}.isdisjoint({"message_empty"})
+
+
+def test_a_body_of_countless_bad_elements_leaves_few_letters() -> None:
+    gateway = a_gateway()
+
+    (id_,) = received(gateway, b"[" + b"{}," * 5_000 + encoded(flat(gateway)) + b"]")
+
+    assert len(messages(gateway)) == 1
+    assert delivery(id_).state == "done"
+    assert len(letters(id_)) == 100
 
 
 @pytest.mark.parametrize(
@@ -385,7 +419,7 @@ def test_a_delivery_of_a_channel_whose_tokens_are_gone_is_nobodys() -> None:
 def asked_about() -> list[str]:
     """The channels that somebody is to ask the gateway about."""
     assert isinstance(broker, HardenedBroker)
-    found = broker.client.hvals(f"{broker.namespace}:status_sync.msgs")
+    found = broker.client.hvals(f"{broker.namespace}:channel_session.msgs")
     return sorted(job["args"][0] for job in map(json.loads, found) if job["actor_name"] == "status_check")
 
 
