@@ -46,6 +46,9 @@ class Channel(Tenanted, Dated, Base):
     status_at: Mapped[datetime | None]  # when the provider was asked for what we believe now
     status_since: Mapped[datetime | None]  # when it became so, as far as we know
     told_at: Mapped[datetime | None]  # when it last told us something by itself: what was asked before is out of date
+    told_first_at: Mapped[datetime | None]  # … the first of those without an answer
+    check_at: Mapped[datetime | None]  # when somebody last took it on to ask because of that
+    check_until: Mapped[datetime | None]  # … and is at it
     unknown_since: Mapped[datetime | None]  # no poll has been answered since; `status` is what was known before
     unknown_reason: Mapped[str | None]
     silent_since: Mapped[datetime | None]  # connected, and yet nothing came or went

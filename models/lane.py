@@ -168,11 +168,9 @@ class Lane(Base):
 
     @staticmethod
     def reconnected(s: Session, channel_id: UUID) -> bool:
-        """The channel's session is connected again: end the hold that it was not; True when there was one."""
-        given = {"channel_id": channel_id}
-        if s.execute(_IS_DISCONNECTED, given).first() is None:
-            return False
-        return Lane.resume(s, channel_id)
+        """The channel's session is connected again: end the hold that it was not; True when there was one. What its
+        provider wants to wait for is waited for all the same."""
+        return s.execute(_RECONNECTED, {"channel_id": channel_id}).first() is not None
 
     @staticmethod
     def probe_now(s: Session, channel_id: UUID) -> bool:
@@ -325,7 +323,11 @@ _RESUME = text("""
     WHERE channel_id = :channel_id AND (hold IS NOT NULL OR paused_until > now()) RETURNING 1
 """)
 
-_IS_DISCONNECTED = text("SELECT FROM lane WHERE channel_id = :channel_id AND hold = 'disconnected' FOR UPDATE")
+_RECONNECTED = text("""
+    UPDATE lane SET hold = NULL, hold_code = NULL, hold_reason = NULL, is_hold_of_status = false, held_at = NULL,
+        probes = 0, next_probe_at = NULL, next_ring_at = NULL
+    WHERE channel_id = :channel_id AND hold = 'disconnected' RETURNING 1
+""")
 
 _PROBE_NOW = text("""
     UPDATE lane SET next_probe_at = now(), next_ring_at = NULL

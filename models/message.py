@@ -48,6 +48,8 @@ RISING = (
 IN_LINE = "status IN ('queued', 'sending', 'unknown')"
 # Accepted by an answer that told no id; an echo will (megaapi.md, "Responses"). A receipt never has one.
 NAMELESS = "status = 'sent' AND provider_id IS NULL AND type <> 'read'"
+# What came in or left; being queued is no traffic. A message that was scheduled counts from when it left.
+TRAFFIC, TRAFFIC_AT = "direction = 'in' OR sent_at IS NOT NULL", "coalesce(sent_at, created_at)"
 
 
 class Message(Tenanted, Dated, Base):
@@ -70,6 +72,7 @@ class Message(Tenanted, Dated, Base):
             postgresql_where=text("status = 'unknown' AND due_at IS NOT NULL"),
         ),
         Index("ix_message_nameless", "tenant_id", "conversation_id", postgresql_where=text(NAMELESS)),
+        Index("ix_message_traffic", "tenant_id", "channel_id", text(TRAFFIC_AT), postgresql_where=text(TRAFFIC)),
         Index("ix_message_sending", "tenant_id", "channel_id", postgresql_where=text("status = 'sending'")),
         Index(
             "uq_message_idempotency_key",

@@ -123,9 +123,11 @@ class WaSession(Tenanted, Dated, Base):
         When somebody wishes otherwise by now, or heard how it stands, that counts, and not what the step found.
         """
         found = _lock(s, claimed["tenant_id"], claimed["channel_id"])
-        if found is None or found[0].claim_token != claimed["claim_token"]:
+        if found is None or found[0].claim_token not in (None, claimed["claim_token"]):
             return None
         row, now = found
+        if row.claim_token is None:  # heard how it stands: what was wished for before that is done
+            return Settled(0.0 if row.wish else None, [])
         row.claim_token = None
         if (row.wish, row.wished_at) != (claimed["wish"], claimed["wished_at"]):
             row.attempts = 0
@@ -149,7 +151,8 @@ class WaSession(Tenanted, Dated, Base):
     def follow(s: Session, news: Iterable[Any]) -> None:
         """Bring sessions in line with how their channels stand: rows as `models.standing.heard` returns them.
 
-        Call it in the same transaction, after the channels were written. Channels without a row stay without one.
+        Call it in the same transaction, after the channels were written. Channels without a row stay without one. A
+        step under way for a wish that is done by this comes to nothing.
         """
         said = {(row["tenant_id"], row["id"]): row["status"] for row in news if row["unknown_reason"] is None}
         if not said:
@@ -162,10 +165,20 @@ class WaSession(Tenanted, Dated, Base):
                 is_scanned = row.state == SessionState.QRCODE
                 row._pass(s, [SessionState.AUTHENTICATED] * is_scanned + [SessionState.READY], now)
                 row.wish = row.error_code = row.error = None
-                if row.claim_token is None:  # else whoever has it ends it
-                    row.next_step_at = row.next_ring_at = None
+                row.claim_token = row.next_step_at = row.next_ring_at = None
             elif status == ChannelStatus.DISCONNECTED and row.wish is None:
                 row._pass(s, [SessionState.DISCONNECTED], now)
+
+    @staticmethod
+    def repair(s: Session) -> int:
+        """Bring sessions in line that nobody wishes anything of, and that say otherwise than their channels: the step
+        that ended one may have seen the channel before it changed. Of the tenants that `s` sees; returns how many.
+
+        Locks channels and then sessions: call it before lanes are locked, or in a transaction of its own.
+        """
+        apart = s.execute(_APART).mappings().all()
+        WaSession.follow(s, apart)
+        return len(apart)
 
     @staticmethod
     def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, UUID]]:
@@ -220,17 +233,27 @@ def _lock(s: Session, tenant_id: UUID, channel_id: UUID) -> tuple[WaSession, dat
 _CLAIM = text("""
     UPDATE session AS o SET claim_token = :token, next_step_at = now() + :claim, next_ring_at = now() + :claim
     FROM channel AS c
-    WHERE o.tenant_id = :tenant_id AND o.channel_id = :channel_id AND o.next_step_at <= now()
+    WHERE o.tenant_id = :tenant_id AND o.channel_id = :channel_id AND o.next_step_at <= now() AND o.wish IS NOT NULL
         AND (c.tenant_id, c.id) = (o.tenant_id, o.channel_id)
     RETURNING o.*, c.kind, c.config, c.sealed, extract(epoch FROM now() - o.state_since)::float8 AS in_state,
         clock_timestamp() AS now
+""")
+
+# The lock keeps the status from changing until the session follows it.
+_APART = text("""
+    SELECT c.tenant_id, c.id, c.status, c.unknown_reason
+    FROM session AS o JOIN channel AS c ON (c.tenant_id, c.id) = (o.tenant_id, o.channel_id)
+    WHERE o.wish IS NULL AND c.unknown_reason IS NULL AND (
+        c.status = 'connected' AND o.state <> 'ready' OR c.status = 'disconnected' AND o.state <> 'disconnected'
+    )
+    ORDER BY c.tenant_id, c.id FOR SHARE OF c
 """)
 
 _TO_RING = text("""
     UPDATE session SET next_ring_at = now() + :again
     WHERE (tenant_id, channel_id) IN (
         SELECT tenant_id, channel_id FROM session
-        WHERE next_step_at <= now() AND (next_ring_at IS NULL OR next_ring_at <= now() OR :at_once)
+        WHERE next_step_at <= now() AND wish IS NOT NULL AND (next_ring_at IS NULL OR next_ring_at <= now() OR :at_once)
         ORDER BY next_step_at LIMIT :most FOR UPDATE SKIP LOCKED
     )
     RETURNING tenant_id, channel_id

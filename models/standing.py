@@ -2,11 +2,13 @@
 
 A poll tells how things stood when it was *asked* (`asked_at`, by the database's clock). It changes nothing unless that
 is newer than whatever we believe already, so neither a slow answer nor two polls at once can turn the clock back; a
-webhook makes every poll that was asked before it stale (security-reliability.md Y3). A poll without a usable answer
-leaves the status as it was and notes since when it is unknown (Y1). Only what is news is written.
+webhook makes every poll that was asked before it stale (security-reliability.md Y3). Of webhooks that come faster than
+answers, the first without one does, or no answer would ever count; a check asked after the last of them follows.
+A poll without a usable answer leaves the status as it was and notes since when it is unknown (Y1). Only what is news is
+written.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,13 +17,14 @@ from sqlalchemy.orm import Session
 
 from models.base import given_rows, rows
 from models.channel import ChannelKind, ChannelStatus
+from models.message import TRAFFIC, TRAFFIC_AT
 
 POLLED = (ChannelKind.MEGAAPI,)  # kinds whose providers are asked how a channel stands
 # Reasons of a status that is not known, beside what a call may come to (`providers.instance.FAULTS`).
 ODD = "odd_answer"  # an answer that says neither, such as an unknown word
 NOT_REACHED = "not_reached"  # the time was over, or its host given up, before there was an answer
 _SILENT_HOURS = 24.0  # unless the channel says otherwise (`silent_after_hours`; 0: never)
-_LOOKED_AT = 200  # latest conversations of a channel that are searched for traffic
+_TOLD_FIRST = timedelta(seconds=60)  # that later webhooks make no poll stale that was asked after the first of them
 
 
 def polled(s: Session, *, tenant_id: UUID | None = None, channel_id: UUID | None = None) -> list[RowMapping]:
@@ -32,13 +35,32 @@ def polled(s: Session, *, tenant_id: UUID | None = None, channel_id: UUID | None
 
 
 def told(s: Session, keys: list[tuple[UUID, UUID, datetime]]) -> None:
-    """`(tenant, channel, at)`: the provider said by itself that something changed. Older polls count no more."""
+    """`(tenant, channel, at)`: the provider said by itself that something changed. Older polls count no more.
+
+    While it goes on and on, those count that are older than the last time, but not than the first that has no answer.
+    """
     if keys:
         latest: dict[tuple[UUID, UUID], datetime] = {}
         for tenant_id, channel_id, at in keys:
             latest[(tenant_id, channel_id)] = max(at, latest.get((tenant_id, channel_id), at))
         given = [{"tenant_id": t, "id": c, "at": at} for (t, c), at in sorted(latest.items())]
-        s.execute(_TOLD, given_rows(given))
+        s.execute(_TOLD, given_rows(given) | {"first": _TOLD_FIRST})
+
+
+def take_check(s: Session, channel_id: UUID, length: timedelta, *, is_again: bool = False) -> RowMapping | None:
+    """Have a channel to ask about it because of what it told: a row as of `polled`, with `check_at`.
+
+    None when that is not needed: somebody is at it, or asked after the last time that it told something, whatever came
+    of that. `is_again`: that one had no answer. For so long nobody else has it, or until `leave_check`.
+    """
+    given = {"kinds": list(POLLED), "id": channel_id, "length": length, "is_again": is_again}
+    return s.execute(_TAKE_CHECK, given).mappings().first()
+
+
+def leave_check(s: Session, taken: RowMapping, wait: timedelta | None = None) -> bool:
+    """Let others check it, now or after so long; True when it told something since it was taken."""
+    given = {"tenant_id": taken["tenant_id"], "id": taken["id"], "check_at": taken["check_at"], "wait": wait}
+    return bool(s.scalar(_LEAVE_CHECK, given))
 
 
 def shown(status: str | None, unknown_reason: str | None) -> str:
@@ -48,7 +70,10 @@ def shown(status: str | None, unknown_reason: str | None) -> str:
 
 def is_overtaken(row: RowMapping, asked_at: datetime) -> bool:
     """Whether we believe something newer of this channel (a row of `polled`) than what was asked then."""
-    return any(at is not None and at >= asked_at for at in (row["status_at"], row["told_at"]))
+    first, status_at = row["told_first_at"], row["status_at"]
+    is_first_open = first is not None and (status_at is None or first > status_at)
+    told_at = first if is_first_open else row["told_at"]
+    return any(at is not None and at >= asked_at for at in (status_at, told_at))
 
 
 def is_news(
@@ -85,7 +110,7 @@ def find_silent(s: Session) -> list[RowMapping]:
     Of the tenants that this session sees. Returns those that changed: `tenant_id`, `id`, `kind`, `silent_since`. While
     it is not known whether a channel is connected, nothing is said of it.
     """
-    given = {"kinds": list(POLLED), "hours": _SILENT_HOURS, "most": _LOOKED_AT}
+    given = {"kinds": list(POLLED), "hours": _SILENT_HOURS}
     return list(s.execute(_SILENT, given).mappings())
 
 
@@ -93,6 +118,11 @@ def held_in_vain(s: Session) -> list[tuple[UUID, UUID]]:
     """(tenant, channel) of connected channels whose lane is held because they were not: whoever set the hold may have
     read the status just before it changed."""
     return [(row.tenant_id, row.channel_id) for row in s.execute(_HELD_IN_VAIN)]
+
+
+def last_traffic(s: Session, tenant_id: UUID, ids: list[UUID]) -> dict[UUID, datetime | None]:
+    """When a message last came in or left, of each of these channels."""
+    return {row.id: row.at for row in s.execute(_LAST_TRAFFIC, {"tenant_id": tenant_id, "ids": ids})}
 
 
 def in_statuses(s: Session) -> list[tuple[str, str, int]]:
@@ -104,10 +134,12 @@ def silent_count(s: Session) -> int:
     return int(s.scalar(text("SELECT count(*) FROM channel WHERE silent_since IS NOT NULL")) or 0)
 
 
-_POLLED = text("""
-    SELECT tenant_id, id, kind, name, config, sealed, status, status_raw, status_at, status_since, told_at,
-        unknown_since, unknown_reason, silent_since, own_id, clock_timestamp() AS now
-    FROM channel
+_POLL = """
+    tenant_id, id, kind, name, config, sealed, status, status_raw, status_at, status_since, told_at, told_first_at,
+    unknown_since, unknown_reason, silent_since, own_id, clock_timestamp() AS now
+"""
+_POLLED = text(f"""
+    SELECT {_POLL} FROM channel
     WHERE kind = ANY(:kinds) AND (CAST(:tenant_id AS uuid) IS NULL OR tenant_id = :tenant_id)
         AND (CAST(:channel_id AS uuid) IS NULL OR id = :channel_id)
     ORDER BY tenant_id, id
@@ -123,8 +155,28 @@ _TOLD = text(f"""
         WHERE c.told_at IS NULL OR c.told_at < given.at
         ORDER BY c.tenant_id, c.id FOR NO KEY UPDATE OF c
     )
-    UPDATE channel AS c SET told_at = greatest(c.told_at, l.at)
+    UPDATE channel AS c SET told_at = greatest(c.told_at, l.at), told_first_at = CASE
+        WHEN c.told_first_at > greatest(c.status_at, l.at - CAST(:first AS interval)) THEN c.told_first_at
+        WHEN c.told_at > greatest(c.status_at, l.at - CAST(:first AS interval)) THEN c.told_at
+        ELSE l.at
+    END
     FROM locked AS l WHERE (c.tenant_id, c.id) = (l.tenant_id, l.id)
+""")
+
+# One that is taken and not left in its time had its process die.
+_TAKE_CHECK = text(f"""
+    UPDATE channel SET check_at = clock_timestamp(), check_until = clock_timestamp() + CAST(:length AS interval)
+    WHERE id = :id AND kind = ANY(:kinds) AND (check_until IS NULL OR check_until <= now()) AND (
+        told_at IS NULL OR told_at > coalesce(status_at, '-infinity')
+            AND (check_until IS NOT NULL OR :is_again OR told_at > coalesce(check_at, '-infinity'))
+    )
+    RETURNING {_POLL}, check_at
+""")
+
+_LEAVE_CHECK = text("""
+    UPDATE channel SET check_until = clock_timestamp() + CAST(:wait AS interval)
+    WHERE (tenant_id, id) = (:tenant_id, :id) AND check_at = :check_at
+    RETURNING told_at > greatest(check_at, status_at)
 """)
 
 # What a poll without an answer says is only that it had none: it does not make another poll's answer stale. `is_news`
@@ -148,7 +200,9 @@ _HEARD = text(f"""
     )
 }
         JOIN channel AS c ON (c.tenant_id, c.id) = (given.tenant_id, given.id)
-        WHERE given.asked_at > coalesce(greatest(c.status_at, c.told_at), '-infinity')
+        WHERE given.asked_at > coalesce(greatest(c.status_at, CASE
+            WHEN c.told_first_at > coalesce(c.status_at, '-infinity') THEN c.told_first_at ELSE c.told_at
+        END), '-infinity')
         ORDER BY c.tenant_id, c.id FOR NO KEY UPDATE OF c
     )
     UPDATE channel AS c SET
@@ -170,42 +224,44 @@ _HEARD = text(f"""
         l.was_unknown, l.asked_at, l.is_other
 """)
 
-# The latest conversations first: of a channel in use the search ends at once. Being queued is no traffic.
-_SILENT = text("""
-    WITH judged AS (
-        SELECT c.tenant_id, c.id, CASE
-            WHEN c.unknown_since IS NOT NULL THEN c.silent_since IS NOT NULL
-            ELSE hours.is_watched AND c.status = 'connected' AND c.status_since < now() - hours.length AND NOT EXISTS (
-                SELECT FROM (
-                    SELECT id FROM conversation AS o
-                    WHERE o.tenant_id = c.tenant_id AND o.channel_id = c.id AND o.last_message_at > now() - hours.length
-                    ORDER BY o.last_message_at DESC LIMIT :most
-                ) AS o CROSS JOIN LATERAL (
-                    SELECT FROM message AS m
-                    WHERE m.tenant_id = c.tenant_id AND m.conversation_id = o.id
-                        AND (m.direction = 'in' OR m.sent_at IS NOT NULL) AND m.created_at > now() - hours.length
-                    LIMIT 1
-                ) AS m
-            )
-        END AS is_silent
-        FROM channel AS c CROSS JOIN LATERAL (
-            SELECT given > 0 AS is_watched, make_interval(secs => 3600 * given) AS length
-            FROM (
-                SELECT CASE jsonb_typeof(c.config -> 'silent_after_hours')
-                    WHEN 'number' THEN least(CAST(c.config ->> 'silent_after_hours' AS float8), 1e6) ELSE :hours
-                END AS given
-            ) AS given
+# Of the channel `c`, by the index that is made for it: in this order no other plan is near it, whatever the statistics
+# say, and it costs the same with any number of messages.
+_TRAFFIC_OF = f"""
+    SELECT {TRAFFIC_AT} FROM message AS m
+    WHERE m.tenant_id = c.tenant_id AND m.channel_id = c.id AND ({TRAFFIC}) ORDER BY {TRAFFIC_AT} DESC LIMIT 1
+"""
+
+_SILENT = text(f"""
+    WITH c AS MATERIALIZED (
+        SELECT tenant_id, id, kind, silent_since, unknown_since, status = 'connected' AND hours > 0 AS is_watched,
+            status_since, now() - make_interval(secs => 3600 * hours) AS begin
+        FROM channel CROSS JOIN LATERAL (
+            SELECT CASE jsonb_typeof(config -> 'silent_after_hours')
+                WHEN 'number' THEN least(CAST(config ->> 'silent_after_hours' AS float8), 1e6) ELSE :hours
+            END AS hours
         ) AS hours
-        WHERE c.kind = ANY(:kinds)
+        WHERE kind = ANY(:kinds)
+    ), judged AS (
+        SELECT tenant_id, id, silent_since, CASE
+            WHEN unknown_since IS NOT NULL THEN silent_since IS NOT NULL
+            WHEN is_watched AND status_since < begin THEN coalesce(({_TRAFFIC_OF}) <= begin, true)
+            ELSE false
+        END AS is_silent
+        FROM c
     ), locked AS (
         SELECT c.tenant_id, c.id, j.is_silent
         FROM judged AS j JOIN channel AS c ON (c.tenant_id, c.id) = (j.tenant_id, j.id)
-        WHERE j.is_silent <> (c.silent_since IS NOT NULL)
+        WHERE j.is_silent <> (j.silent_since IS NOT NULL)
         ORDER BY c.tenant_id, c.id FOR NO KEY UPDATE OF c
     )
     UPDATE channel AS c SET silent_since = CASE WHEN l.is_silent THEN now() END
-    FROM locked AS l WHERE (c.tenant_id, c.id) = (l.tenant_id, l.id)
+    FROM locked AS l WHERE (c.tenant_id, c.id) = (l.tenant_id, l.id) AND l.is_silent <> (c.silent_since IS NOT NULL)
     RETURNING c.tenant_id, c.id, c.kind, c.silent_since
+""")
+
+_LAST_TRAFFIC = text(f"""
+    SELECT c.id, ({_TRAFFIC_OF}) AS at
+    FROM unnest(CAST(:ids AS uuid[])) AS given (id) JOIN channel AS c ON (c.tenant_id, c.id) = (:tenant_id, given.id)
 """)
 
 _HELD_IN_VAIN = text("""

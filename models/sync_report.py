@@ -20,6 +20,7 @@ from models.base import Base, Dated, id_column
 from pombal.ids import uuid7
 
 LEASE = "status_sync"
+EVERY = timedelta(minutes=5)  # a round is due, at whole multiples (`workers/status_sync.py`)
 _RING_AGAIN = timedelta(seconds=10)
 _KEPT = timedelta(days=7)
 
@@ -71,11 +72,12 @@ class SyncReport(Dated, Base):
 
     @staticmethod
     def begin(s: Session, id_: UUID) -> RowMapping | None:
-        """It runs from now on: its columns and `waited`, the seconds since it was asked for. Only with the lease.
+        """It runs from now on: its columns and `waited`, the seconds since it was asked for, or since its tick if it
+        was due: that may have waited in the queue before there was a report. Only with the lease.
 
         None when it is not pending, or a round over all waits: tenants who ask on and on must not keep that back.
         """
-        return s.execute(_BEGIN, {"id": id_}).mappings().first()
+        return s.execute(_BEGIN, {"id": id_, "every": EVERY}).mappings().first()
 
     @staticmethod
     def finish(s: Session, id_: UUID, result: dict[str, Any]) -> bool:
@@ -135,7 +137,9 @@ _BEGIN = text("""
     WHERE id = :id AND state = 'pending' AND (tenant_id IS NULL OR NOT EXISTS (
         SELECT FROM sync_report AS o WHERE o.tenant_id IS NULL AND o.state = 'pending'
     ))
-    RETURNING id, tenant_id, is_dry, is_due, extract(epoch FROM clock_timestamp() - created_at)::float8 AS waited
+    RETURNING id, tenant_id, is_dry, is_due, extract(epoch FROM clock_timestamp() - CASE
+        WHEN is_due THEN date_bin(CAST(:every AS interval), created_at, to_timestamp(0)) ELSE created_at
+    END)::float8 AS waited
 """)
 
 _FINISH = text("""

@@ -24,7 +24,7 @@ from models import Lane, Lease
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, broker, redis_client
 from pombal.middleware import is_store_trouble
-from workers._sessions import ring_sessions
+from workers.channel_session import ring_sessions
 from workers.download_media import ring_media
 from workers.incoming_message import ring_waiting
 from workers.outgoing_message import ring_lanes

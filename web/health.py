@@ -168,14 +168,20 @@ def _standings(s: Session) -> Iterator[metrics.Family]:
     yield metrics.gauge(
         "pombal_channels_silent", "Connected channels without any traffic for their time.", [({}, silent)]
     )
-    age = s.scalar(_SYNC_AGE, {"name": LEASE})
+    age = s.scalar(_SYNC_AGE, {"name": LEASE, "kinds": list(standing.POLLED)})
     if age is not None:
         yield metrics.gauge(
-            "pombal_sync_age_seconds", "Time since a round over all channels' states ended.", [({}, float(age))]
+            "pombal_sync_age_seconds",
+            "Time since a round over all channels' states ended; before the first, since there are such channels.",
+            [({}, float(age))],
         )
 
 
-_SYNC_AGE = text("SELECT extract(epoch FROM now() - done_at) FROM lease WHERE name = :name")
+_SYNC_AGE = text("""
+    SELECT extract(epoch FROM now() - coalesce(
+        (SELECT done_at FROM lease WHERE name = :name), (SELECT min(created_at) FROM channel WHERE kind = ANY(:kinds))
+    ))
+""")
 
 _COMING = text("""
     SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(received_at)), 0) AS oldest

@@ -34,15 +34,15 @@ _PATIENCE_FOR_A_KEY = 2.0  # seconds of `PATIENCE`; the rest is left for the com
 
 async def send(request: Request) -> Response:
     """202 once the message's row is committed; 503 means that it will not be sent."""
-    return await _send(request, shapes.asked)
+    return await send_as(request, shapes.asked)
 
 
 async def send_the_old_way(request: Request) -> Response:
     """The same with `{"to", "type", "content"}`."""
-    return await _send(request, shapes.asked_the_old_way)
+    return await send_as(request, shapes.asked_the_old_way)
 
 
-async def _send(request: Request, understand: Callable[[bytes], Ask]) -> Response:
+async def send_as(request: Request, understand: Callable[[bytes], Ask]) -> Response:
     who, patience = await proven(request, "messages:send")
     try:
         queued = await _queue(request, who, understand, patience)

@@ -425,10 +425,10 @@ class Flush:
         return new
 
     def _find_channels(self, drafts: list[Draft]) -> Iterator[tuple[Draft, Failure]]:
-        channels = _channels(self._s, {(draft.tenant_id, draft.ask.channel) for draft in drafts})
+        channels = channels_of(self._s, {(draft.tenant_id, draft.ask.channel) for draft in drafts})
         for draft in drafts:
             own = channels.get(draft.tenant_id, [])
-            found = _named(own, draft.ask.channel) if draft.ask.channel is not None else _default(own)
+            found = channel_named(own, draft.ask.channel) if draft.ask.channel is not None else default_channel(own)
             if isinstance(found, Failure):
                 yield draft, found
             elif failure := kinds.refusal(found.kind, draft.ask):
@@ -579,7 +579,7 @@ _NO_EVENTS = text("DELETE FROM event WHERE tenant_id = ANY(:tenants) AND id = AN
 _NO_MESSAGES = text("DELETE FROM message WHERE tenant_id = ANY(:tenants) AND id = ANY(:ids)")
 
 
-def _channels(s: Session, wanted: set[tuple[UUID, str | None]]) -> dict[UUID, list[Row[Any]]]:
+def channels_of(s: Session, wanted: set[tuple[UUID, str | None]]) -> dict[UUID, list[Row[Any]]]:
     """The channels that `(tenant, id or name)` may mean, by tenant; all of a tenant that names none."""
     ids, names, all_of = [], [], set()
     for tenant_id, name in wanted:
@@ -620,7 +620,8 @@ def _unusable(file: OwnFile, found: RowMapping | None) -> Failure | None:
     return unfit(file, found["mime_type"], found["bytes"])
 
 
-def _named(channels: list[Row[Any]], name: str) -> Row[Any] | Failure:
+def channel_named(channels: list[Row[Any]], name: str) -> Row[Any] | Failure:
+    """The one of a tenant's channels with this id or name."""
     id_ = _uuid(name)
     by_id = (channel for channel in channels if channel.id == id_)
     by_name = (channel for channel in channels if channel.name == name)
@@ -629,7 +630,7 @@ def _named(channels: list[Row[Any]], name: str) -> Row[Any] | Failure:
     return next(by_id, None) or next(by_name, None) or missing
 
 
-def _default(channels: list[Row[Any]]) -> Row[Any] | Failure:
+def default_channel(channels: list[Row[Any]]) -> Row[Any] | Failure:
     """The channel of a tenant that names none: its only one, or the one that is marked so."""
     chosen = channels if len(channels) == 1 else [channel for channel in channels if channel.default is True]
     if len(chosen) == 1:

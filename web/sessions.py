@@ -1,7 +1,7 @@
 """Sessions, one interface over all kinds of channels: start, watch, scan, end, and send through them.
 
-Routes answer from rows and never ask a provider: they note a wish, and a job makes the steps (`workers/_sessions.py`).
-A channel of Meta's needs no session: it is always ready.
+Routes answer from rows and never ask a provider: they note a wish, and a job makes the steps
+(`workers/channel_session.py`). A channel of Meta's needs no session: it is always ready.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from web.errors import Failure
 from web.refusals import converted, not_one_of, wrong
 from web.shapes import Ask, Shape, Upto200
 from web.signatures import Caller, read_body, refused
-from workers._sessions import ring_session
+from workers.channel_session import ring_session
 
 _log = log.get()
 
@@ -109,7 +109,7 @@ async def qr(request: Request) -> Response:
 
 async def send(request: Request) -> Response:
     """As `POST /api/v1/messages`; a message's content may be under `payload` as well, and a text may be just a text."""
-    return await messages._send(request, asked)
+    return await messages.send_as(request, asked)
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
@@ -267,8 +267,8 @@ def _wished(who: Caller, name: str | None, wish: SessionWish) -> Shown | Failure
 
 def _channel(s: Session, tenant_id: UUID, name: str | None) -> Channel | Failure:
     """The one that is meant; as in the outbox, the only one or the default where none is named."""
-    own = outbox._channels(s, {(tenant_id, name)}).get(tenant_id, [])
-    found = outbox._named(own, name) if name is not None else outbox._default(own)
+    own = outbox.channels_of(s, {(tenant_id, name)}).get(tenant_id, [])
+    found = outbox.channel_named(own, name) if name is not None else outbox.default_channel(own)
     return found if isinstance(found, Failure) else s.get_one(Channel, (tenant_id, found.id))
 
 

@@ -1,12 +1,11 @@
 """Channels, read-only: what customers and dashboards may see of their own."""
 
 import asyncio
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import RowMapping, select
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -16,6 +15,8 @@ from models.sync_report import LEASE
 from pombal import db
 from web.errors import Failure
 from web.signatures import caller, refused
+
+_ROUND = timedelta(seconds=75)  # that a round takes at most
 
 
 async def channels(request: Request) -> Response:
@@ -48,27 +49,11 @@ def _channels(tenant_id: UUID, id_: UUID | None = None) -> list[dict[str, Any]]:
         if not found:
             return []
         lanes = {row["channel_id"]: row for row in Lane.overview(s, id_)}
-        traffic = _last_traffic(s, tenant_id, [row.id for row in found])
         lease = s.get(Lease, LEASE)
         synced_at = lease.done_at if lease else None
+        db.by_key(s)
+        traffic = standing.last_traffic(s, tenant_id, [row.id for row in found])
         return [_shown(row, lanes.get(row.id), traffic[row.id], synced_at) for row in found]
-
-
-def _last_traffic(s: Session, tenant_id: UUID, ids: list[UUID]) -> dict[UUID, datetime | None]:
-    """When a message last came in or was to go out."""
-    given = {"tenant_id": tenant_id, "ids": ids}
-    return {row.channel_id: row.last_message_at for row in s.execute(_LAST_TRAFFIC, given)}
-
-
-# The latest conversations first: of a channel in use the search ends at once.
-_LAST_TRAFFIC = text("""
-    SELECT given.channel_id, (
-        SELECT last_message_at FROM conversation AS c
-        WHERE c.tenant_id = :tenant_id AND c.channel_id = given.channel_id AND c.last_message_at IS NOT NULL
-        ORDER BY c.last_message_at DESC LIMIT 1
-    ) AS last_message_at
-    FROM unnest(CAST(:ids AS uuid[])) AS given (channel_id)
-""")
 
 
 def _shown(
@@ -92,13 +77,17 @@ def _standing(row: Channel, synced_at: datetime | None) -> dict[str, Any]:
     """How its session stands; nulls for a kind that has none. `status` is what was last proven, also while it cannot be
     told (`unknown`).
 
-    `status_checked_at`: a quiet round writes nothing, so what it found as it was counts as checked when it ended.
+    `status_checked_at`: a quiet round writes nothing, so what it found as it was counts as checked when it ended;
+    unless the provider told something while it may have been under way, which makes its poll count for nothing.
     `last_seen_at`: when it was last known to be connected, to within one round.
     """
     status, is_known = row.status, row.status is not None and row.unknown_since is None
     if status is None and row.kind in standing.POLLED:
         status = ChannelStatus.UNKNOWN
-    checked = (row.status_at, synced_at if row.kind in standing.POLLED else None)
+    is_synced = row.kind in standing.POLLED and synced_at is not None
+    if synced_at is not None and row.told_at is not None and row.told_at > synced_at - _ROUND:
+        is_synced = False
+    checked = (row.status_at, synced_at if is_synced else None)
     checked_at = max((at for at in checked if at is not None), default=None) if is_known else None
     if row.status == ChannelStatus.CONNECTED:
         seen_at = checked_at if is_known else row.unknown_since

@@ -94,11 +94,12 @@ def _shown(made: SyncReport, result: Any) -> Response:
 async def _made(tenant_id: UUID | None, *, is_dry: bool) -> SyncReport:
     """The report that is on its way, or a new one, as it stands when it has ended or the time is up."""
     end = time.monotonic() + _PATIENCE
-    id_ = await asyncio.to_thread(_opened, tenant_id, is_dry)
-    # Beside the wait: while Redis is away that takes its time, and the sweep rings as well.
-    ringing = asyncio.create_task(asyncio.to_thread(_ring, id_))
-    _ringing.add(ringing)
-    ringing.add_done_callback(_ringing.discard)
+    id_, is_new = await asyncio.to_thread(_opened, tenant_id, is_dry)
+    if is_new:  # else whoever made it has rung, or the sweep does
+        # Beside the wait: while Redis is away that takes its time.
+        ringing = asyncio.create_task(asyncio.to_thread(_ring, id_))
+        _ringing.add(ringing)
+        ringing.add_done_callback(_ringing.discard)
     look = _FIRST_LOOK
     while True:
         await asyncio.sleep(look)
@@ -111,10 +112,9 @@ async def _made(tenant_id: UUID | None, *, is_dry: bool) -> SyncReport:
         look = min(look * 1.5, _LAST_LOOK, left)
 
 
-def _opened(tenant_id: UUID | None, is_dry: bool) -> UUID:
+def _opened(tenant_id: UUID | None, is_dry: bool) -> tuple[UUID, bool]:
     with db.session() as s:
-        id_, _ = SyncReport.open(s, tenant_id, is_dry=is_dry)
-        return id_
+        return SyncReport.open(s, tenant_id, is_dry=is_dry)
 
 
 def _found(id_: UUID, tenant_id: UUID | None) -> SyncReport | None:

@@ -1,10 +1,10 @@
 """The fleet: one file = one queue = one actor of that name. Importing this package declares them all."""
 
 from pombal.broker import broker
-from workers._sessions import session_step
+from workers.channel_session import channel_session
 from workers.download_media import download_media
 from workers.incoming_message import incoming_message
 from workers.outgoing_message import outgoing_message
 from workers.status_sync import status_sync
 
-__all__ = ["broker", "download_media", "incoming_message", "outgoing_message", "session_step", "status_sync"]
+__all__ = ["broker", "channel_session", "download_media", "incoming_message", "outgoing_message", "status_sync"]

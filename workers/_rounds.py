@@ -44,7 +44,8 @@ _LOOK = 1.0  # seconds between two handings on of what was found
 
 class Found(NamedTuple):
     """What a poll came to: a status, or the reason why it is not known (a code of `providers.instance.FAULTS`,
-    `odd_answer`, `not_listed`, `not_reached` or `internal`). `asked_at` is by the database's clock."""
+    `odd_answer`, `not_listed`, `not_reached` or `internal`). `asked_at` is by the database's clock; `wait` are the
+    seconds for which the other side wants to be left alone."""
 
     asked_at: datetime
     status: str | None = None
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     reason: str | None = None
     own_id: str | None = None
     is_transient: bool = False
+    wait: float = 0.0
 
     def of(self, row: RowMapping) -> dict[str, Any]:
         """As `standing.heard` takes it."""
@@ -59,7 +61,7 @@ class Found(NamedTuple):
 
     def said(self) -> dict[str, Any]:
         given = self._asdict()
-        del given["is_transient"]
+        del given["is_transient"], given["wait"]
         return given
 
 
@@ -269,7 +271,7 @@ class Round:
         except InstanceFault as fault:
             metrics.provider_errors.labels(provider, fault.code).inc()
             host.failed(fault.code, asked)
-            return Found(asked_at, raw=fault.raw, reason=fault.code, is_transient=fault.is_transient)
+            return Found(asked_at, None, fault.raw, fault.code, None, fault.is_transient, fault.wait)
         except Exception as error:  # of our own making: the others must not suffer
             _log.error("status_poll_failed", channel_id=str(rows[0]["id"]), traceback=log.redacted(error))
             return Found(asked_at, reason=INTERNAL)

@@ -61,10 +61,10 @@ def write(s: Session, given: list[dict[str, Any]], *, is_probe: bool = False) ->
     changes = [(row, change) for row in news if (change := change_of(row))]
     Event.append(s, [Event.row("channel_status", row["tenant_id"], row["id"], None, one) for row, one in changes])
     others = [row for row in news if row["is_other"]]
-    for row in others:
+    for row in others:  # each made and locked before the next: whoever accepts messages takes lanes in this order, too
         if row["status"] == ChannelStatus.DISCONNECTED:
             Lane.ensure(s, row["tenant_id"], row["id"])
-    Lane.lock(s, [row["id"] for row in others])
+        Lane.lock(s, [row["id"]])
     for row in others:
         if row["status"] == ChannelStatus.DISCONNECTED:
             reason = "the channel's session is not connected"

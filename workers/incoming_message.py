@@ -411,7 +411,7 @@ def ask_about(channels: set[UUID]) -> None:
     """Their gateways said that something changed: ask them how they stand. A lost bell costs minutes, not the news."""
     if not channels:
         return
-    from workers.status_sync import status_check  # here, since few bodies are of a connection
+    from workers.channel_session import status_check  # here, since few bodies are of a connection
 
     try:
         for channel_id in sorted(channels):

@@ -1,9 +1,10 @@
 """Bring channels in line with what their providers say of them: all of them every five minutes, one when it is told.
 
-Queue `status_sync`, in: the id of a report (`models/sync_report.py`), nothing for a round over all, or a channel's id
-for a check. Rung by the clock, by the web tier for whoever asks, and by the sweep for what waits. Safe to run twice and
-anywhere: one round runs at a time, under a lease; what a poll says counts by when it was asked (`models/standing.py`),
-so neither a slow answer nor a second run can turn the clock back; and only what is news is written.
+Queue `status_sync`, in: the id of a report (`models/sync_report.py`), or nothing for a round over all. Rung by the
+clock, by the web tier for whoever asks, and by the sweep for what waits. Checks of one channel are on another queue
+(`channel_session.py`): gateways that hang must not hold the threads of the rounds. Safe to run twice and anywhere: one
+round runs at a time, under a lease; what a poll says counts by when it was asked (`models/standing.py`), so neither a
+slow answer nor a second run can turn the clock back; and only what is news is written.
 
 No transaction is open while providers are asked (`_rounds.py`); what follows from news is in `_standing.py`.
 """
@@ -21,7 +22,7 @@ from dramatiq.middleware import Middleware
 from sqlalchemy import RowMapping, func, select
 from sqlalchemy.orm import Session
 
-from models import Event, Lane, Lease, SyncReport, Tick, standing
+from models import Event, Lane, Lease, SyncReport, Tick, WaSession, standing
 from models.sync_report import LEASE
 from pombal import db, log, metrics
 from pombal.broker import actor, broker, cron
@@ -29,8 +30,8 @@ from pombal.errors import Permanent, PombalError
 from pombal.middleware import is_redis_trouble, is_store_trouble
 from pombal.settings import settings
 from workers import _standing
-from workers._circuit import Circuit
 from workers._rounds import DatabaseClock, Found, Round, Stopping, new_loop
+from workers.channel_session import status_check
 
 _log = log.get()
 
@@ -45,8 +46,6 @@ _MOST_AT_ONCE = 200  # channels in a transaction
 _STORE_PATIENCE = 10.0  # seconds that what was found is held in memory for a database that is away
 _MOST_LISTED = 1_000  # entries of each list of a report
 _PROGRESS = 10.0  # seconds
-_CHECK_SECONDS = 10.0
-_CHECK_WAITS = (2.0, 5.0, 15.0)  # seconds before a check that had no answer is made again
 
 
 @actor(queue="status_sync", max_retries=3, min_backoff=1_000, max_backoff=30_000, throws=Permanent)
@@ -81,38 +80,6 @@ def status_sync_tick() -> None:
         _log.warning("sync_skipped", report_id=str(id_))
         return
     make(id_)
-
-
-@actor(queue="status_sync", max_retries=3, min_backoff=1_000, max_backoff=30_000, throws=Permanent)
-def status_check(channel_id: str, tries: int = 0) -> None:
-    """Ask about one channel, since its provider said by itself that something changed (`told_at`). What has no answer
-    is asked again a few times, and noted as unknown then; the next round asks in any case."""
-    try:
-        id_ = UUID(channel_id)
-    except ValueError:
-        raise Permanent("not the id of a channel") from None
-    rows, clock = channels(channel_id=id_)
-    if not rows:
-        return  # gone, or of a kind that is not asked
-    (row,) = rows
-    if row["told_at"] is not None and row["status_at"] is not None and row["status_at"] >= row["told_at"]:
-        return  # somebody has asked since
-    host = str(row["config"].get("host") or "")
-    if not circuit.allows(host):  # it hangs, and so would we, one event after the other
-        return
-    round_ = Round(rows, clock, at_once=1, seconds=_CHECK_SECONDS)
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(round_.run(lambda _: None))
-    found = round_.found[id_]
-    if found.is_transient:
-        circuit.failed(host, id_)
-        if tries < len(_CHECK_WAITS):
-            delay = int(_CHECK_WAITS[tries] * 1000)
-            status_check.send_with_options(args=(channel_id, tries + 1), delay=delay)
-            return
-    else:
-        circuit.answered(host)
-    _standing.keep([row["tenant_id"]], [found.of(row)], is_probe=True)
 
 
 def ask_soon(tenant_id: UUID, channel_id: UUID) -> None:
@@ -217,6 +184,8 @@ class Sync:
         try:
             result = self._found_out()
             outcome = "done" if self._finish(result) else "lost"
+            if outcome == "done" and not self.is_dry:
+                self._look_for_silence()
         except Stopping:
             outcome = "stopped"
             self._settle(SyncReport.put_back, self.id)
@@ -338,7 +307,7 @@ class Sync:
                     self._compare(row, standing.shown(row["status"], row["unknown_reason"]), found[row["id"]])
         else:
             self._keep(rows, rows)
-            self._look_after_lanes_and_silence()
+            self._repair()
         unknown = [
             {"channel": str(id_), "name": row["name"], "reason": found[id_].reason}
             for id_, row in rows.items()
@@ -350,18 +319,43 @@ class Sync:
         left_out = sum(max(0, len(entries) - _MOST_LISTED) for entries in lists.values())
         return result | ({"left_out": left_out} if left_out else {})
 
-    def _look_after_lanes_and_silence(self) -> None:
-        quiet, freed = _standing.rerun(self._found_silent)
+    def _repair(self) -> None:
+        """What hangs on a channel and yet says otherwise: its session, its lane."""
+        if repaired := _standing.rerun(self._repaired):
+            _log.warning("sessions_repaired", report_id=str(self.id), sessions=repaired)
+        for channel_id in _standing.rerun(self._freed):
+            _standing.ring_lane(channel_id)
+
+    def _repaired(self) -> int:
+        with db.session() as s:
+            _see(s, self.tenant_id)
+            return WaSession.repair(s)
+
+    def _freed(self) -> list[UUID]:
+        with db.session() as s:
+            _see(s, self.tenant_id)
+            held = [channel_id for _, channel_id in standing.held_in_vain(s)]
+            Lane.lock(s, held)
+            return [channel_id for channel_id in held if Lane.reconnected(s, channel_id)]
+
+    def _look_for_silence(self) -> None:
+        """Nothing waits for this: that it takes too long must not have the whole fleet asked again."""
+        try:
+            quiet = _standing.rerun(self._found_silent)
+        except Exception as error:
+            if not is_store_trouble(error):
+                raise
+            _log.warning("silence_not_looked_for", report_id=str(self.id), error=log.described(error))
+            return
         for row in quiet:
             event = "channel_heard" if row["silent_since"] is None else "channel_silent"
             _log.info(event, tenant_id=str(row["tenant_id"]), channel_id=str(row["id"]))
-        for channel_id in freed:
-            _standing.ring_lane(channel_id)
 
-    def _found_silent(self) -> tuple[list[RowMapping], list[UUID]]:
-        """The channels that fell silent or are heard again, and those whose lanes were held in vain."""
+    def _found_silent(self) -> list[RowMapping]:
+        """The channels that fell silent or are heard again."""
         with db.session() as s:
             _see(s, self.tenant_id)
+            db.by_key(s)
             quiet = standing.find_silent(s)
             events = []
             for row in quiet:
@@ -369,9 +363,7 @@ class Sync:
                 payload = {"channel": str(row["id"]), "silent_since": row["silent_since"]}
                 events.append(Event.row(kind, row["tenant_id"], row["id"], None, payload))
             Event.append(s, events)
-            held = [channel_id for _, channel_id in standing.held_in_vain(s)]
-            Lane.lock(s, held)
-            return quiet, [channel_id for channel_id in held if Lane.reconnected(s, channel_id)]
+            return quiet
 
     def _finish(self, result: dict[str, Any]) -> bool:
         with db.session() as s:
@@ -404,6 +396,5 @@ class Stop(Middleware):
         self._stopping.clear()  # whoever calls a job without a worker stops nothing
 
 
-circuit = Circuit()
 stop = Stop()
 broker.add_middleware(stop)

@@ -17,6 +17,7 @@ depends_on: str | Sequence[str] | None = None
 
 SEEN = "tenant_id = ANY ((SELECT nullif(current_setting('app.tenant_ids', true), '')::uuid[])::uuid[])"
 TIME = sa.TIMESTAMP(timezone=True)
+TRAFFIC = "direction = 'in' OR sent_at IS NOT NULL"
 NAMELESS = "status = 'sent' AND provider_id IS NULL AND type <> 'read'"
 STANDING = (
     sa.Column("status", sa.Text(), nullable=True),
@@ -24,6 +25,9 @@ STANDING = (
     sa.Column("status_at", TIME, nullable=True),
     sa.Column("status_since", TIME, nullable=True),
     sa.Column("told_at", TIME, nullable=True),
+    sa.Column("told_first_at", TIME, nullable=True),
+    sa.Column("check_at", TIME, nullable=True),
+    sa.Column("check_until", TIME, nullable=True),
     sa.Column("unknown_since", TIME, nullable=True),
     sa.Column("unknown_reason", sa.Text(), nullable=True),
     sa.Column("silent_since", TIME, nullable=True),
@@ -37,6 +41,12 @@ def upgrade() -> None:
     op.add_column("media", sa.Column("keys", sa.dialects.postgresql.JSONB(), nullable=True))
     op.create_index(
         "ix_message_nameless", "message", ["tenant_id", "conversation_id"], postgresql_where=sa.text(NAMELESS)
+    )
+    op.create_index(
+        "ix_message_traffic",
+        "message",
+        ["tenant_id", "channel_id", sa.text("coalesce(sent_at, created_at)")],
+        postgresql_where=sa.text(TRAFFIC),
     )
     op.create_table(
         "webhook_token",
@@ -115,6 +125,7 @@ def downgrade() -> None:
     op.drop_table("session")
     op.drop_table("sync_report")
     op.drop_table("webhook_token")
+    op.drop_index("ix_message_traffic", table_name="message")
     op.drop_index("ix_message_nameless", table_name="message")
     # Whatever came through a gateway cannot be fetched by what was before it.
     op.execute("ALTER TABLE media NO FORCE ROW LEVEL SECURITY")

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         "--sandbox-port", type=int, default=None, help="of the simulated providers (9010, or a free one if it is taken)"
     )
     up.add_argument("--no-sandbox", action="store_true", help="without the simulated providers")
-    up.add_argument("--procs", default=None, help="only these, comma-separated (web,worker,clock,sandbox)")
+    up.add_argument(
+        "--procs", default=None, help="only these, comma-separated (web,worker,media,upkeep,sessions,clock,sandbox)"
+    )
     up.add_argument("--pg-port", type=int, default=None, help="also listen on this loopback port, with a password")
     up.add_argument("--redis-port", type=int, default=None, help="likewise for Valkey")
 

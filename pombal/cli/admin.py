@@ -14,10 +14,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from models import ApiKey, App, Channel, ChannelKind, ChannelStatus, Route, RouteKind, Tenant
+from models import ApiKey, App, Channel, ChannelKind, Route, RouteKind, Tenant, standing
 from models.api_key import SCOPES
 from models.app import DEFAULT_SLUG
-from models.standing import POLLED
 from pombal import db
 from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
@@ -321,7 +320,7 @@ def list_channels(given: Namespace) -> int:
                 "id": c.id,
                 "kind": c.kind,
                 "name": c.name,
-                "status": c.status or (ChannelStatus.UNKNOWN if c.kind in POLLED else None),
+                "status": standing.shown(c.status, c.unknown_reason) if c.status or c.kind in standing.POLLED else None,
                 "config": c.config,
                 "has_secrets": c.sealed is not None,
             }

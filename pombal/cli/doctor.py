@@ -156,6 +156,7 @@ def _unreadable_secrets() -> Iterator[Finding]:
 def _without_token() -> Iterator[Finding]:
     from models import Channel, ChannelKind, Tenant
 
+    default_host = _default_host()
     missing, homeless = [], []
     by_instance: dict[tuple[str, str], list[str]] = {}
     with db.session() as s:
@@ -172,7 +173,7 @@ def _without_token() -> Iterator[Finding]:
             if channel.kind == ChannelKind.META:
                 missing += [] if secrets.get("access_token") else [name]
                 continue
-            host = channel.config.get("host") or settings().mega_api_host
+            host = channel.config.get("host") or default_host
             if not host:
                 homeless.append(name)
             elif not (secrets.get("token") or settings().mega_api_token):
@@ -185,6 +186,17 @@ def _without_token() -> Iterator[Finding]:
     for names in by_instance.values():
         if len(names) > 1:
             yield Finding("warning", f"one instance, several channels; its events go to one of them: {_some(names)}")
+
+
+def _default_host() -> str:
+    """MEGA_API_HOST as channels have theirs; as it is where it cannot be used, which is a finding of its own."""
+    from providers.megaapi import normal_host
+
+    given = settings().mega_api_host
+    try:
+        return normal_host(given) if given else ""
+    except Rejected:
+        return given
 
 
 def _held() -> Iterator[Finding]:

@@ -4,16 +4,19 @@ A gateway is asked with no transaction open, and what it says is read back befor
 """
 
 import asyncio
+import contextlib
+import errno
 import os
+import stat
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
-import redis
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -191,7 +194,10 @@ def webhook_path(tenant: Tenant, token: str) -> str:
 
 
 def connect(given: Namespace) -> int:
-    """Our URL is set at the gateway and read back. Any other token is ended only when that has shown the one in use."""
+    """Our URL is set at the gateway and read back, and what was there before is said.
+
+    Any other token is ended only when that has shown the one in use.
+    """
     require_secrets()
     base = _public(given.url)
     tenant, channel = _on_a_gateway(given)
@@ -199,7 +205,7 @@ def connect(given: Namespace) -> int:
     if is_new := token is None:
         token = _one_more_token(channel)
     url = base + webhook_path(tenant, token)
-    found = _asked(channel, lambda gateway: _hook_set_to(gateway, url))
+    before, found = _asked(channel, lambda gateway: _hook_set_to(gateway, url))
     if found and found.url != url:
         raise Refused("the gateway took our URL, but shows another one")
     if found and not found.is_enabled:
@@ -213,21 +219,50 @@ def connect(given: Namespace) -> int:
             WebhookToken.end_others(s, channel.id, token)
     is_shown = found is not None
     values = {"id": channel.id, "name": channel.name, "webhook": url.replace(token, "…")}
-    show(given, values | {"new_token": is_new, "read_back": is_shown})
+    show(given, values | {"before": before, "new_token": is_new, "read_back": is_shown})
     if not is_shown and not given.json:
         say("The gateway took our URL, but what it shows cannot be read: a token before this one stays valid.")
     return 0
 
 
-async def _hook_set_to(gateway: Instance, url: str) -> Hook | None:
-    """What the gateway shows afterwards; None when that cannot be read, since its form is not documented."""
+async def _hook_set_to(gateway: Instance, url: str) -> tuple[str, Hook | None]:
+    """What the gateway showed before, in words, and what it shows afterwards; None when that cannot be read, since its
+    form is not documented."""
+    try:
+        before = _described(await gateway.hook(), url)
+    except InstanceFault as fault:  # what keeps it from being set as well is said then
+        before = f"could not be read ({fault.code})"
     await gateway.set_hook(url)
     try:
-        return await gateway.hook()
+        return before, await gateway.hook()
     except InstanceFault as fault:
         if fault.code != "unreadable":
             raise
-        return None
+        return before, None
+
+
+def _described(hook: Hook, ours: str) -> str:
+    """Where events went, beside where they are to go; without a query or a user, which may be secrets."""
+    if not hook.url:
+        return "nothing"
+    place = _place_of(hook.url)
+    if hook.url == ours:
+        where = "the same"
+    elif place == _place_of(ours):
+        where = "the same with another token"
+    else:
+        where = f"elsewhere: {place or 'what is no address'}"
+    return where if hook.is_enabled else f"{where}, switched off"
+
+
+def _place_of(url: str) -> str:
+    """Scheme, host and path of an address; empty when it is none that can be shown."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return place if parts.netloc and place.isprintable() else ""
 
 
 def _token_in_use(channel: Channel) -> str | None:
@@ -290,29 +325,41 @@ def logout(given: Namespace) -> int:
 
 
 def qr(given: Namespace) -> int:
-    """The picture, readable for its owner alone: whoever scans it has the session."""
+    """The picture, in a new file that its owner alone can read: whoever scans it has the session."""
     _, channel = _on_a_gateway(given)
     picture = _asked(channel, lambda gateway: gateway.qr())
     if picture is None:
         raise Refused("a phone is logged in already: there is no code to scan")
     file = Path(given.out or f"{channel.id}-qr.{_EXTENSIONS.get(picture.mime_type, 'bin')}")
     try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(picture.content)
+        _write_anew(file, picture.content)
     except OSError as error:
         raise Refused(f"{file} cannot be written: {error.strerror}") from None
     say(f"{file}: scan it soon, with WhatsApp on the phone (Linked devices)")
     return 0
 
 
-def check_soon(channel: Channel) -> None:
-    """Have the gateway asked how the channel stands. Without Redis the next round does it, so that is no failure."""
-    from workers.status_sync import status_check  # imports the fleet
-
+def _write_anew(file: Path, content: bytes) -> None:
+    """In place of what is there, which may be readable for others, or lead elsewhere. Raises `OSError`."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            raise FileExistsError(errno.EEXIST, "it is a link, a folder or a device")
+    descriptor, fresh = tempfile.mkstemp(dir=file.parent, prefix=".qr.")  # mkstemp makes it 0600
     try:
-        status_check.send(str(channel.id))
-    except redis.RedisError:
-        say("Redis is away: the next round of status_sync asks how it stands")
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(content)
+        Path(fresh).replace(file)
+    except BaseException:
+        Path(fresh).unlink(missing_ok=True)
+        raise
+
+
+def check_soon(channel: Channel) -> None:
+    """Have the gateway asked how the channel stands, whatever was asked before now. While a store is away the next
+    round does it, so that is no failure."""
+    from workers.status_sync import ask_soon  # imports the fleet
+
+    ask_soon(channel.tenant_id, channel.id)
 
 
 def _on_a_gateway(given: Namespace) -> tuple[Tenant, Channel]:

@@ -12,7 +12,11 @@ from pombal.cli import as_json, say, table
 from pombal.errors import PombalError
 from pombal.settings import settings, variable
 
-_KEPT = ("database_url", "database_owner_url", "secret_keys", "mode", "whatsapp_graph_url", "log_format")
+# What `up` writes down, but for its broker.
+_KEPT = (
+    *("database_url", "database_owner_url", "secret_keys", "mode", "log_format"),
+    *("whatsapp_graph_url", "media_allowed_networks", "whatsapp_stub_fast"),
+)
 
 
 class WrongJob(PombalError):
@@ -46,9 +50,9 @@ def actors(given: Namespace) -> int:
 
 
 def run(given: Namespace) -> int:
-    # Without a broker: what the job enqueues is found by the sweep. The other addresses are those of every command,
-    # also where `up` has written them down, which it did together with a broker's.
-    os.environ |= {variable(name): value for name in _KEPT if (value := getattr(settings(), name))}
+    # Without a broker: what the job enqueues is found by the sweep. The rest is what every command has, also where `up`
+    # has written it down, which it did together with a broker's address.
+    os.environ |= {variable(name): str(value) for name in _KEPT if (value := getattr(settings(), name))}
     os.environ["REDIS_URL"] = "memory://"
     settings.cache_clear()
     log.setup()

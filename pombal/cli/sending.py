@@ -36,9 +36,9 @@ def token(given: Namespace) -> int:
     if name is None:
         raise Refused(f"a channel of kind {channel.kind} has no access token")
     with db.session([channel.tenant_id]) as s:
-        is_held = Lane.probe_now(s, channel.id)
-        found = locked(s, channel)
+        found = locked(s, channel)  # channels before lanes, as everywhere
         found.seal(found.secrets() | {name: text})
+        is_held = Lane.probe_now(s, channel.id)
         Media.wake(s, channel.tenant_id, channel.id)
     ring(channel.id)
     if channel.kind == ChannelKind.MEGAAPI:

@@ -37,7 +37,8 @@ from pombal.supervisor import Command, Supervisor
 if TYPE_CHECKING:
     from models import Channel, Tenant
 
-_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "clock")
+_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "clock")
+_APART = ("download_media", "status_sync", "channel_session")  # queues that have a process of their own
 _SANDBOX_PORT = 9010
 _PERSON = "5511944440001"
 _GATEWAYS_NUMBER = "5511955550200"
@@ -198,6 +199,8 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
         extra["WHATSAPP_GRAPH_URL"] = given.whatsapp_graph_url
     if given.media_allowed_networks:
         extra["MEDIA_ALLOWED_NETWORKS"] = given.media_allowed_networks
+    if given.whatsapp_stub_fast:
+        extra["WHATSAPP_STUB_FAST"] = "1"
     write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
     return demo
 
@@ -360,10 +363,12 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
     arguments = {
         "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
-        # Apart, as in the Procfile: a slow download, or gateways that hang, must not keep a thread from webhooks.
-        "worker": ["worker", *(queue for queue in queues() if queue not in ("download_media", "status_sync"))],
+        # Apart, as in the Procfile: a slow download must not keep a thread from webhooks, nor a gateway that hangs one
+        # from webhooks or from the rounds over all of them.
+        "worker": ["worker", *(queue for queue in queues() if queue not in _APART)],
         "media": ["worker", "download_media", "--threads", "24"],
         "upkeep": ["worker", "status_sync"],
+        "sessions": ["worker", "channel_session", "--threads", "8"],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}

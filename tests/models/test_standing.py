@@ -86,11 +86,80 @@ def test_a_check_without_news_still_makes_older_polls_stale(channel: Channel) ->
     assert stored(channel)["status"] == "connected"
 
 
+def test_of_events_that_come_faster_than_answers_the_first_makes_polls_stale(channel: Channel) -> None:
+    heard(channel, status="connected", raw="connected", asked_at=ago(20))
+    for seconds in (50, 40, 30, 20):
+        told(channel, ago(seconds / 60))
+
+    assert heard(channel, status="disconnected", raw="disconnected", asked_at=ago(50 / 60)) == []
+    said: dict[str, Any] = {"status": "disconnected", "raw": "disconnected", "asked_at": ago(35 / 60)}
+    assert standing.is_news(polled(channel), **said, reason=None, own_id=None)
+    assert len(heard(channel, **said)) == 1
+    # Answered; the events since then have no answer yet.
+    assert heard(channel, status="connected", raw="connected", asked_at=ago(25 / 60)) == []
+    told(channel, ago(10 / 60))
+    assert heard(channel, status="connected", raw="connected", asked_at=ago(19 / 60)) != []
+
+
+def test_an_event_without_an_answer_counts_as_the_first_for_a_minute(channel: Channel) -> None:
+    told(channel, ago(3))
+    told(channel, ago(1.5))
+
+    assert heard(channel, status="connected", raw="connected", asked_at=ago(2)) == []
+    assert len(heard(channel, status="connected", raw="connected", asked_at=ago(1))) == 1
+
+
+def taken(channel: Channel, *, is_again: bool = False) -> RowMapping | None:
+    with db.session([channel.tenant_id]) as s:
+        return standing.take_check(s, channel.id, timedelta(minutes=1), is_again=is_again)
+
+
+def left(channel: Channel, row: RowMapping | None, wait: float | None = None) -> bool:
+    assert row is not None
+    with db.session([channel.tenant_id]) as s:
+        return standing.leave_check(s, row, None if wait is None else timedelta(seconds=wait))
+
+
+def test_a_channel_is_checked_by_one_at_a_time_and_once_for_all_that_was_told(channel: Channel) -> None:
+    told(channel, ago(5))
+    first = taken(channel)
+    assert taken(channel) is None  # somebody is at it
+    told(channel, NOW + timedelta(minutes=5))
+    assert taken(channel) is None
+
+    assert left(channel, first)  # it told something since
+    set_stored(channel, told_at=ago(1))
+    assert taken(channel) is None  # asked after that, whatever came of it
+    again = taken(channel, is_again=True)
+    assert not left(channel, again, wait=60)
+    told(channel, NOW + timedelta(minutes=6))
+    assert taken(channel) is None  # somebody will be
+    set_stored(channel, check_until=ago(1))
+    assert not left(channel, first)  # it is another's by now
+    assert taken(channel) is not None
+
+
+def test_a_check_whose_process_died_is_made_by_another(channel: Channel) -> None:
+    told(channel, ago(5))
+    taken(channel)
+    set_stored(channel, check_until=ago(1))
+
+    assert taken(channel) is not None
+
+
 BELIEFS: list[dict[str, Any]] = [
-    {"status": status, "status_raw": raw, "status_at": at, "told_at": told_at, "unknown_reason": reason, "own_id": own}
+    {
+        "status": status,
+        "status_raw": raw,
+        "status_at": at,
+        "told_at": told_at,
+        "told_first_at": first,
+        "unknown_reason": reason,
+        "own_id": own,
+    }
     for status, raw in ((None, None), ("connected", "connected"), ("disconnected", "disconnected"))
     for at in (None, ago(10))
-    for told_at in (None, ago(3))
+    for told_at, first in ((None, None), (ago(3), None), (ago(3), ago(6)), (ago(3), ago(12)))
     for reason in (None, "timeout", "not_reached", ODD)
     for own in (None, "55119")
 ]
@@ -131,7 +200,7 @@ def test_what_looks_like_no_news_would_not_be_written() -> None:
 
 RESET = """
     UPDATE channel SET status = :status, status_raw = :status_raw, status_at = :status_at, told_at = :told_at,
-        unknown_reason = :unknown_reason, own_id = :own_id
+        told_first_at = :told_first_at, unknown_reason = :unknown_reason, own_id = :own_id
     WHERE id = :id
 """
 
@@ -169,9 +238,12 @@ def connected(tenant: Tenant, hours: float = 48, **config: Any) -> Channel:
     return channel
 
 
-def message(channel: Channel, direction: str, *, hours: float, is_sent: bool = True) -> None:
-    """A message of so many hours ago; an outgoing one may only be queued."""
+def message(
+    channel: Channel, direction: str, *, hours: float, is_sent: bool = True, sent_hours: float | None = None
+) -> None:
+    """A message of so many hours ago; an outgoing one may only be queued, or have left later than that."""
     at = NOW - timedelta(hours=hours)
+    sent_at = at if sent_hours is None else NOW - timedelta(hours=sent_hours)
     with superuser() as connection:
         connection.execute(
             """
@@ -191,7 +263,7 @@ def message(channel: Channel, direction: str, *, hours: float, is_sent: bool = T
                 "channel": channel.id,
                 "direction": direction,
                 "status": "received" if direction == "in" else "sent" if is_sent else "queued",
-                "sent_at": at if direction == "out" and is_sent else None,
+                "sent_at": sent_at if direction == "out" and is_sent else None,
                 "at": at,
             },
         )
@@ -214,6 +286,46 @@ def test_silent_is_who_is_connected_and_has_no_traffic_in_either_direction() -> 
 
     message(quiet, "in", hours=0.1)
     assert find_silent(tenant) == [(str(quiet.id), False)]
+
+
+def test_a_message_that_was_scheduled_counts_from_when_it_left() -> None:
+    tenant = a_tenant()
+    sent, long_ago = connected(tenant), connected(tenant)
+    message(sent, "out", hours=48, sent_hours=1)
+    message(long_ago, "out", hours=72, sent_hours=30)
+
+    assert find_silent(tenant) == [(str(long_ago.id), True)]
+    with db.session([tenant.id]) as s:
+        found = standing.last_traffic(s, tenant.id, [sent.id, long_ago.id])
+    assert found == {sent.id: NOW - timedelta(hours=1), long_ago.id: NOW - timedelta(hours=30)}
+
+
+@pytest.mark.parametrize("statistics", ["none", "current"])
+def test_one_busy_channel_beside_quiet_ones_costs_one_look_each(statistics: str) -> None:
+    """Neither statement walks what the busy one has (it took 15 seconds), whatever is known of the tables."""
+    tenant = a_tenant()
+    busy, *quiet = (connected(tenant) for _ in range(4))
+    message(busy, "in", hours=1)
+    with superuser() as connection:
+        connection.execute(MANY, {"tenant": tenant.id, "channel": busy.id})
+        if statistics == "current":
+            connection.execute("ANALYZE channel, conversation, message")
+    given = {"kinds": ["megaapi"], "hours": 24.0, "tenant_id": tenant.id, "ids": [busy.id, *(one.id for one in quiet)]}
+
+    for statement in (standing._SILENT, standing._LAST_TRAFFIC):
+        with db.session([tenant.id]) as s:
+            db.by_key(s)
+            plan = "\n".join(s.scalars(text(f"EXPLAIN (ANALYZE, TIMING OFF) {statement.text}"), given))
+        assert "ix_message_traffic" in plan, plan
+        assert "on conversation" not in plan, plan
+        assert "Seq Scan on message" not in plan, plan
+
+
+MANY = """
+    INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body, status)
+    SELECT m.tenant_id, gen_random_uuid(), m.channel_id, m.conversation_id, m.contact_id, 'in', 'text', '{}', 'received'
+    FROM message AS m, generate_series(1, 3000) WHERE m.tenant_id = %(tenant)s AND m.channel_id = %(channel)s
+"""
 
 
 def test_a_channel_says_itself_after_how_long_it_is_silent() -> None:

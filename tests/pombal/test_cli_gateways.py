@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import stat
@@ -13,14 +14,15 @@ from uuid import uuid4
 import httpx
 import msgspec
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from models import Channel, Tenant, WebhookToken
+from models import Channel, Hold, Lane, Tenant, WaSession, WebhookToken, standing
+from pombal import db
 from pombal.broker import redis_client
 from pombal.settings import settings
 from pombal.supervisor import LINUX
@@ -29,9 +31,14 @@ from sandbox.config import MegaInstance
 from tests import factories
 from tests.chaos.fleet import Fleet, until
 from tests.pombal.breakable import Servers
+from tests.pombal.processes import output
 from tests.pombal.test_cli import Terminal, doctor
 from tests.sandbox.megaapi_servers import a_megaapi
 from tests.sandbox.servers import serve
+from tests.workers.gateways import set_stored
+from tests.workers.tools import in_background, until_somebody_waits_for_a_lock
+from workers.channel_session import status_check
+from workers.status_sync import ask_soon
 
 pytestmark = pytest.mark.usefixtures("queues")
 
@@ -97,9 +104,17 @@ def there(gateway: str) -> str:
 
 def checks_asked() -> list[str]:
     with redis_client() as connection:
-        bodies: Any = connection.hvals("dramatiq:status_sync.msgs")
+        bodies: Any = connection.hvals("dramatiq:channel_session.msgs")
     jobs = [msgspec.json.decode(body) for body in bodies]
     return [job["args"][0] for job in jobs if job["actor_name"] == "status_check"]
+
+
+def check() -> None:
+    """As a worker would: the jobs that lie there."""
+    for id_ in checks_asked():
+        status_check(id_)
+    with redis_client() as connection:
+        connection.flushdb()
 
 
 # ----------------------------------------------------------------------------------------------------------- making
@@ -127,6 +142,19 @@ def test_a_channel_gets_a_webhook_whose_token_is_shown_once(terminal: Terminal, 
     assert path[2] not in listed
     (shown,) = terminal.json("channel", "list", tenant.slug)
     assert (shown["kind"], shown["status"], shown["has_secrets"]) == ("megaapi", "unknown", True)
+
+
+def test_a_list_of_channels_tells_what_is_known_now(terminal: Terminal, tenant: Tenant) -> None:
+    terminal(*create(tenant))
+    terminal("channel", "create", tenant.slug, "stub", "--name", "dry", "--config", "{}")
+    set_stored(row(tenant), status="connected")
+
+    def listed() -> dict[str, str | None]:
+        return {one["name"]: one["status"] for one in terminal.json("channel", "list", tenant.slug)}
+
+    assert listed() == {"sales": "connected", "dry": None}
+    set_stored(row(tenant), unknown_reason="timeout")
+    assert listed() == {"sales": "unknown", "dry": None}
 
 
 def test_a_token_need_not_be_in_the_list_of_processes(
@@ -223,6 +251,48 @@ def test_a_gateway_delivers_to_us_from_now_on(terminal: Terminal, tenant: Tenant
     assert tokens(tenant) == [WebhookToken.digest_of(token)]
 
 
+def test_it_is_said_where_events_went_before(terminal: Terminal, tenant: Tenant, gateway: str) -> None:
+    terminal(*create(tenant, host=gateway))
+
+    def before(*more: str, url: str = OURS) -> str:
+        said = terminal(*connect(tenant, *more, url=url))
+        assert row(tenant).secrets()["webhook_token"] not in said
+        found = re.search("^before: (.*)$", said, re.MULTILINE)
+        assert found
+        return found[1]
+
+    assert before(url="https://another.example") == "nothing"
+    assert before() == f"elsewhere: https://another.example/api/webhooks/whatsapp/{tenant.slug}"
+    assert before() == "the same"
+    assert before("--new-token") == "the same with another token"
+    client.mega_faults(gateway, "garbage", place="webhook", count=1)
+    assert before() == "could not be read (unreadable)"
+
+
+@pytest.mark.parametrize(
+    ("url", "is_on", "said"),
+    [
+        ("https://me:hidden@somebody.example/x?token=hidden#hidden", True, "elsewhere: https://somebody.example/x"),
+        ("https://somebody.example", False, "elsewhere: https://somebody.example, switched off"),
+        ("hidden", True, "elsewhere: what is no address"),
+        ("https://somebody.example/\x1b[2Jhidden", True, "elsewhere: what is no address"),
+        ("https://[hidden", True, "elsewhere: what is no address"),
+    ],
+)
+def test_what_was_there_before_is_told_without_what_may_be_secret(
+    terminal: Terminal, tenant: Tenant, environment: pytest.MonkeyPatch, url: str, is_on: bool, said: str
+) -> None:
+    before = {"webhookUrl": url, "webhookEnabled": is_on}
+    after = {"webhookUrl": "URL", "webhookEnabled": True}
+    with serve(an_odd_gateway(after, meanwhile=lambda: None, before=before)) as host:
+        terminal(*create(tenant, host=host))
+
+        told = terminal.json(*connect(tenant))
+
+    assert told["before"] == said
+    assert "hidden" not in str(told)
+
+
 def test_a_new_token_ends_the_old_one_when_the_gateway_has_taken_it(
     terminal: Terminal, tenant: Tenant, gateway: str
 ) -> None:
@@ -244,7 +314,9 @@ def test_a_new_token_ends_the_old_one_when_the_gateway_has_taken_it(
     assert new not in said
 
 
-def an_odd_gateway(shows: dict[str, Any], meanwhile: Callable[[], object]) -> Starlette:
+def an_odd_gateway(
+    shows: dict[str, Any], meanwhile: Callable[[], object], before: dict[str, Any] | None = None
+) -> Starlette:
     """Takes any URL, lets something happen, and shows this afterwards; `URL` in it is the one it took."""
     took: list[str] = []
 
@@ -253,7 +325,8 @@ def an_odd_gateway(shows: dict[str, Any], meanwhile: Callable[[], object]) -> St
             took.append((await request.json())["messageData"]["webhookUrl"])
             await run_in_threadpool(meanwhile)
             return JSONResponse({"error": False})
-        shown = {field: took[-1] if value == "URL" else value for field, value in shows.items()}
+        now = shows if took else before or {}
+        shown = {field: took[-1] if value == "URL" else value for field, value in now.items()}
         return JSONResponse({"error": False, **shown})
 
     return Starlette(routes=[Route("/rest/webhook/{path:path}", answer, methods=["GET", "POST"])])
@@ -394,6 +467,43 @@ def test_a_session_is_logged_out_and_paired_again(
     assert "cannot be written" in terminal.refused(*code[:-1], str(tmp_path / "nowhere" / "qr.png"))
 
 
+def test_a_picture_replaces_what_is_there_and_follows_no_link(
+    terminal: Terminal, tenant: Tenant, gateway: str, tmp_path: Path
+) -> None:
+    terminal(*create(tenant, host=gateway))
+    terminal("channel", "logout", tenant.slug, "sales", "--yes")
+    old, link, elsewhere = tmp_path / "qr.png", tmp_path / "link.png", tmp_path / "elsewhere"
+    old.write_text("an older one")
+    old.chmod(0o644)
+    elsewhere.write_text("somebody's")
+    link.symlink_to(elsewhere)
+
+    def qr(file: Path) -> tuple[str, ...]:
+        return "channel", "qr", tenant.slug, "sales", "--out", str(file)
+
+    terminal(*qr(old))
+    assert "cannot be written: it is a link" in terminal.refused(*qr(link))
+
+    assert old.read_bytes().startswith(b"\x89PNG")
+    assert stat.S_IMODE(old.stat().st_mode) == 0o600
+    assert (link.is_symlink(), elsewhere.read_text()) == (True, "somebody's")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "link.png", "qr.png"]
+
+
+def test_a_gateway_is_asked_again_although_it_was_asked_just_now(
+    terminal: Terminal, tenant: Tenant, gateway: str
+) -> None:
+    terminal(*create(tenant, host=gateway))
+    ask_soon(tenant.id, row(tenant).id)  # as a webhook does that tells of a connection
+    check()
+    assert row(tenant).status == "connected"
+
+    terminal("channel", "logout", tenant.slug, "sales", "--yes")
+    check()
+
+    assert row(tenant).status == "disconnected"
+
+
 def test_a_restart_keeps_the_pairing(terminal: Terminal, tenant: Tenant, gateway: str) -> None:
     terminal(*create(tenant, host=gateway))
 
@@ -429,6 +539,26 @@ def test_a_new_token_is_used_for_the_next_call(
     assert row(tenant).secrets() == {"token": TOKEN, "webhook_token": webhook_token}
     assert checks_asked() == [str(row(tenant).id)]
     terminal(*connect(tenant))
+
+
+def test_a_new_token_waits_for_who_writes_a_status_and_keeps_nobody_waiting(
+    terminal: Terminal, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal(*create(tenant))
+    channel = row(tenant)
+    with db.session([tenant.id]) as s:
+        Lane.ensure(s, tenant.id, channel.id)
+        Lane.set_hold(s, channel.id, Hold.AUTH, code="unauthorized", reason="not taken")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TOKEN}\n"))
+
+    with db.session([tenant.id]) as s:
+        said = {"asked_at": s.scalar(select(func.clock_timestamp())), "status": "connected", "raw": "connected"}
+        names = {"tenant_id": tenant.id, "id": channel.id, "reason": None, "own_id": None}
+        standing.heard(s, [said | names])
+        finished = in_background(lambda: terminal("channel", "token", tenant.slug, "sales"))
+        until_somebody_waits_for_a_lock()
+        Lane.lock(s, [channel.id])  # as whoever writes a status does next
+    assert "sealed; sending is tried" in finished()
 
 
 def test_settings_are_those_of_a_channels_kind(terminal: Terminal, tenant: Tenant) -> None:
@@ -470,6 +600,53 @@ def test_two_channels_of_one_instance_are_found(terminal: Terminal, tenant: Tena
     assert any(all(name in what for name in names.split(" and ")) for what in told)
 
 
+def test_an_instance_of_the_environments_host_is_found_to_be_the_same(
+    terminal: Terminal, tenant: Tenant, environment: pytest.MonkeyPatch
+) -> None:
+    other, key = factories.a_tenant(), f"megastart-{uuid4().hex}"
+    environment.setenv("MEGA_API_HOST", "MEGA.example:443")
+    environment.setenv("MEGA_API_TOKEN", HOST_TOKEN)
+    settings.cache_clear()
+    terminal(*create(tenant, instance_key=key, host="mega.example"))
+    terminal(*create(other, instance_key=key, host=None, token=None))
+
+    told = [found["what"] for found in terminal.json("doctor") if found["what"].startswith("one instance, several")]
+
+    assert any(f"{tenant.slug}/sales" in what and f"{other.slug}/sales" in what for what in told)
+
+
+# ------------------------------------------------------------------------------------------------------- jobs by hand
+
+
+def test_a_job_by_hand_reaches_what_up_may_reach(
+    terminal: Terminal, tenant: Tenant, gateway: str, tmp_path: Path
+) -> None:
+    terminal(*create(tenant, host=gateway))
+
+    by_hand(tmp_path, "status_check", str(row(tenant).id), MEDIA_ALLOWED_NETWORKS="127.0.0.1/32")
+
+    assert (row(tenant).status, row(tenant).unknown_reason) == ("connected", None)
+
+
+def test_a_stub_by_hand_is_as_fast_as_that_of_up(terminal: Terminal, tenant: Tenant, tmp_path: Path) -> None:
+    terminal("channel", "create", tenant.slug, "stub", "--name", "sales", "--config", "{}")
+    with db.session([tenant.id]) as s:
+        WaSession.start(s, tenant.id, row(tenant).id, is_connected=False)
+
+    by_hand(tmp_path, "channel_session", str(tenant.id), str(row(tenant).id), WHATSAPP_STUB_FAST="1")
+
+    assert row(tenant).status == "connected"
+
+
+def by_hand(folder: Path, actor: str, *arguments: str, **more: str) -> str:
+    """What `pombal run` prints in a terminal that knows nothing but the folder of `up`."""
+    names = ("DATABASE_URL", "DATABASE_OWNER_URL", "REDIS_URL", "POMBAL_SECRET_KEYS", "POMBAL_MODE")
+    written = {name: os.environ[name] for name in names} | more
+    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in written.items()))
+    bare = dict.fromkeys(written, "") | {"POMBAL_DATA": str(folder)}
+    return output("-m", "pombal", "run", actor, json.dumps(arguments), env=bare)
+
+
 # ---------------------------------------------------------------------------------------------------------------- up
 
 
@@ -506,7 +683,8 @@ def test_up_has_a_gateway_that_delivers_and_is_sent_through(tmp_path: Path) -> N
         del demo["tenants"][0]["channels"][1:]
         (fleet.data / "demo.json").write_text(json.dumps(demo))
 
-    with Fleet(tmp_path / "up", "--procs", "web").start() as fleet:
+    with Fleet(tmp_path / "up", "--procs", "web", WHATSAPP_STUB_FAST="1").start() as fleet:
+        assert "WHATSAPP_STUB_FAST=1\n" in (fleet.data / "env").read_text()
         now = fleet.demo["tenants"][0]
         assert [one["name"] for one in now["channels"]] == ["demo-meta", "demo-megaapi", "demo-stub"]
         assert (now["api_key"], now["channels"][0]["id"]) == (tenant["api_key"], tenant["channels"][0]["id"])

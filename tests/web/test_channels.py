@@ -270,8 +270,11 @@ def test_a_channel_shows_what_waits_to_be_sent(web: Web) -> None:
     assert (mine["sending"]["state"], mine["sending"]["queued"], mine["sending"]["unknown"]) == ("due", 2, 1)
     (turn,) = rows(shop, "SELECT turn_at FROM message WHERE id = :id", id=first)
     assert datetime.fromisoformat(mine["sending"]["oldest_queued_at"]) == turn["turn_at"]
-    assert datetime.fromisoformat(mine["last_traffic_at"]) >= turn["turn_at"] - timedelta(minutes=1)
+    assert mine["last_traffic_at"] is None  # being queued is no traffic
     assert content(got(web, key, f"/api/v1/channels/{shop.channel.id}")) == mine
+    rows(shop, "UPDATE message SET status = 'sent', sent_at = :at WHERE id = :id RETURNING 1", id=first, at=later)
+    mine = content(got(web, key, f"/api/v1/channels/{shop.channel.id}"))
+    assert datetime.fromisoformat(mine["last_traffic_at"]) == later
     assert shown[str(beside.channel.id)]["sending"]["queued"] == 0
     assert shown[str(beside.channel.id)]["last_traffic_at"] is None
 

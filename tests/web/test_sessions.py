@@ -35,7 +35,7 @@ from tests.workers.tools import until
 from web import sessions
 from web.errors import Failure
 from workers import outgoing_message
-from workers._sessions import LOOK
+from workers.channel_session import LOOK
 
 pytestmark = pytest.mark.usefixtures("queues")
 
@@ -200,7 +200,7 @@ def test_a_session_at_a_simulated_gateway_from_start_to_end(web: Web) -> None:
         assert somebody.stop() == 204
         step(line)
         assert somebody.status()["state"] == "disconnected"
-        assert [call["outcome"] for call in client.mega_calls(address)["calls"]] == ["accepted"] * 6
+        assert [call["outcome"] for call in client.mega_calls(address)["calls"]] == ["accepted"] * 5
     assert told(line) == ["connecting", "qrcode", "picture", "authenticated", "ready", "disconnected"]
 
 
@@ -293,7 +293,7 @@ def test_a_start_rings_for_its_job(somebody: Client, line: Line) -> None:
     somebody.start()
 
     assert isinstance(broker, HardenedBroker)
-    bells = f"{broker.namespace}:status_sync.msgs"
+    bells = f"{broker.namespace}:channel_session.msgs"
     until(lambda: str(line.channel.id) in str(broker.client.hvals(bells)), "the bell")
 
 

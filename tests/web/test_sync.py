@@ -5,7 +5,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,6 +15,7 @@ import pytest
 from models import Lease, Tenant
 from models.sync_report import LEASE
 from pombal import db
+from pombal.broker import redis_client
 from pombal.cli import admin
 from pombal.settings import settings
 from tests.factories import a_shop, a_tenant, superuser
@@ -135,7 +136,11 @@ def test_who_asks_meanwhile_gets_the_same_report_and_others_their_own(web: Web) 
         one, again, dry, theirs = [content(a) for a in pool.map(lambda call: asked(web, *call), calls)]
 
     assert one["report_id"] == again["report_id"]
-    assert len({one["report_id"], dry["report_id"], theirs["report_id"]}) == 3
+    reports = sorted(one["report_id"] for one in (one, dry, theirs))
+    assert len(set(reports)) == 3
+    with redis_client() as client:  # one job for each, however many ask
+        bodies: Any = client.hvals("dramatiq:status_sync.msgs")
+    assert sorted(json.loads(body)["args"][0] for body in bodies) == reports
 
 
 def test_a_failed_sync_says_so(web: Web) -> None:
@@ -229,6 +234,29 @@ def test_a_channel_shows_how_its_session_stands(web: Web) -> None:
     assert of(off.id, "status", "status_checked_at", "last_seen_at") == ["disconnected", at["synced"], at["early"]]
     assert of(new.id, *fields) == ["unknown", None, None, None, None, None, None]
     assert of(shop.channel.id, *fields) == [None] * 7
+
+
+def test_a_poll_that_was_overtaken_does_not_count_as_a_look(web: Web) -> None:
+    """The provider told something while a round ran: what that round asked may have been before it."""
+    tenant = a_tenant()
+    at, told, synced = (datetime(2026, 11, 3, 12, minute, tzinfo=UTC) for minute in (0, 4, 5))
+    overtaken, told_before = (a_channel("https://gateway.example", tenant) for _ in range(2))
+    for channel, moment in ((overtaken, told.replace(second=30)), (told_before, told.replace(minute=2))):
+        set_stored(channel, status="connected", status_at=at, status_since=at, told_at=moment)
+    with db.session() as s:
+        s.add(Lease(name=LEASE, token=uuid.uuid4(), until=at, done_at=synced))
+
+    rows = shown(web, a_key(tenant))
+
+    checked = [rows[str(channel.id)]["status_checked_at"] for channel in (overtaken, told_before)]
+    assert checked == [at.isoformat(), synced.isoformat()]
+
+
+def test_the_age_of_the_last_round_counts_from_the_first_channel_until_there_was_one(web: Web) -> None:
+    assert ("pombal_sync_age_seconds", ()) not in numbers(scraped(web))
+    set_stored(a_channel("https://gateway.example"), created_at=datetime.now(UTC) - timedelta(days=3))
+
+    assert numbers(scraped(web))["pombal_sync_age_seconds", ()] > 2 * 24 * 3600
 
 
 def test_the_fleets_numbers_say_how_channels_stand(web: Web) -> None:

@@ -55,7 +55,8 @@ from tests.workers.test_megaapi import asked_about
 from tests.workers.tools import in_background, until
 from workers import _lanes, _standing
 from workers._line import Line
-from workers.status_sync import ask_soon, status_check
+from workers.channel_session import status_check
+from workers.status_sync import ask_soon
 
 pytestmark = pytest.mark.usefixtures("queues")
 

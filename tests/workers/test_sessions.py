@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -23,8 +24,9 @@ from pombal.settings import settings
 from providers.stub import new_picture
 from tests.factories import a_tenant, all_of, seen_by, superuser
 from tests.workers.tools import in_background, together, until
-from workers._sessions import LOOK, PATIENCE, REFRESH, ring_sessions, session_step
+from workers._circuit import FILES, PAUSE
 from workers._standing import write
+from workers.channel_session import LINGERS, LOOK, PATIENCE, REFRESH, channel_session, circuit, ring_sessions
 
 pytestmark = pytest.mark.usefixtures("queues", "_near_gateways")
 
@@ -97,7 +99,7 @@ def wish_stop(line: Line) -> None:
 
 def step(line: Line) -> dict[str, Any]:
     """One job; the session afterwards."""
-    session_step(*line.ids())
+    channel_session(*line.ids())
     return session_of(line)
 
 
@@ -122,6 +124,7 @@ class Gateway(ThreadingHTTPServer):
         self.status = "disconnected"
         self.is_paired = False
         self.broken: dict[str, tuple[int, Any]] = {}  # by the last word of the path
+        self.is_cut_off = False  # every connection ends without an answer
         self.calls: list[str] = []
         self.gate = threading.Event()  # every answer waits for it
         self.gate.set()
@@ -158,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert self.headers["Authorization"] == f"Bearer {TOKEN}"
         status, body = self.server.said(f"{self.command} {self.path}")
+        if self.server.is_cut_off:
+            self.close_connection = True
+            return
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -332,13 +338,77 @@ def test_a_session_is_ended_by_a_logout(gateway: Gateway) -> None:
     wish_stop(line)
     ended = step(line)
 
-    assert gateway.calls == ["status", "logout", "status"]
+    assert gateway.calls == ["logout", "status"]
     assert (ended["state"], ended["wish"]) == ("disconnected", None)
     assert channel_of(line)["status"] == "disconnected"
     wish_stop(line)
-    step(line)
-    assert gateway.calls.count("logout") == 1
+    assert (step(line)["state"], session_of(line)["wish"]) == ("disconnected", None)
     assert told(line) == ["connecting", "ready", "disconnected"]
+
+
+def test_an_instance_that_is_disconnected_and_still_paired_is_logged_out(gateway: Gateway) -> None:
+    """It would connect again by itself."""
+    line = a_line("megaapi", host=gateway.host)
+    gateway.scan()
+    wish_start(line)
+    step(line)
+    gateway.status = "disconnected"
+
+    wish_stop(line)
+    ended = step(line)
+
+    assert (ended["state"], ended["wish"]) == ("disconnected", None)
+    assert not gateway.is_paired
+
+
+@pytest.mark.parametrize("answer", [(400, {"error": True, "message": "not logged in"}), (500, {"error": True})])
+def test_a_logout_that_is_refused_is_done_where_nobody_is_logged_in(gateway: Gateway, answer: tuple[int, Any]) -> None:
+    line = a_line("megaapi", host=gateway.host)
+    gateway.broken["logout"] = answer
+    gateway.is_paired = True
+
+    wish_stop(line)
+    assert step(line)["wish"] == "stop"  # paired: it may connect again
+    gateway.is_paired = False
+    elapse(line, 60)
+    ended = step(line)
+
+    assert (ended["state"], ended["wish"], ended["error_code"]) == ("disconnected", None, None)
+
+
+def test_a_gateway_that_notices_its_logout_late_is_looked_at_again(gateway: Gateway) -> None:
+    line = a_line("megaapi", host=gateway.host)
+    gateway.scan()
+    wish_start(line)
+    step(line)
+    gateway.broken["logout"] = (200, {"error": False, "message": "Logged out"})
+
+    wish_stop(line)
+    waits = step(line)
+    assert (waits["state"], waits["wish"], waits["error_code"]) == ("ready", "stop", "still_connected")
+    gateway.broken.clear()
+    elapse(line, LOOK)
+    ended = step(line)
+
+    assert (ended["state"], ended["wish"], ended["error_code"]) == ("disconnected", None, None)
+    assert told(line) == ["connecting", "ready", "disconnected"]
+
+
+def test_a_session_whose_logout_does_nothing_says_that_it_is_connected(gateway: Gateway) -> None:
+    line = a_line("megaapi", host=gateway.host)
+    gateway.scan()
+    wish_start(line)
+    step(line)
+    gateway.broken["logout"] = (200, {"error": False, "message": "Logged out"})
+    wish_stop(line)
+    elapse(line, LINGERS)
+    assert step(line)["wish"] == "stop"  # it took a while to come to a logout: that gets a second look all the same
+
+    elapse(line, LINGERS)
+    given_up = step(line)
+
+    assert (given_up["state"], given_up["wish"], given_up["error_code"]) == ("ready", None, "still_connected")
+    assert channel_of(line)["status"] == "connected"
 
 
 def test_what_the_gateway_does_not_say_after_a_logout_is_unknown(gateway: Gateway) -> None:
@@ -389,6 +459,27 @@ def test_a_channel_that_is_heard_to_be_connected_brings_its_session_along(gatewa
     assert told(line)[3:] == ["authenticated", "ready", "disconnected", "ready"]
 
 
+def test_a_session_that_says_otherwise_than_its_channel_is_repaired() -> None:
+    apart, wished, unknown = (a_line("megaapi", host="https://nowhere.invalid") for _ in range(3))
+    for line in (apart, wished, unknown):
+        wish_start(line)
+        hear(line, "connected")
+        found(line, "UPDATE session SET state = 'disconnected' WHERE channel_id = :channel RETURNING 1")
+    wish_stop(wished)
+    hear(unknown, None)
+
+    for line in (apart, wished, unknown):
+        with seen_by(line.tenant) as s:
+            assert WaSession.repair(s) == (line is apart)
+
+    assert [session_of(line)["state"] for line in (apart, wished, unknown)] == ["ready", "disconnected", "disconnected"]
+    assert told(apart) == ["connecting", "ready", "ready"]
+    found(apart, "UPDATE channel SET status = 'disconnected' WHERE id = :channel RETURNING 1")
+    with seen_by(apart.tenant) as s:
+        assert [WaSession.repair(s), WaSession.repair(s)] == [1, 0]
+    assert session_of(apart)["state"] == "disconnected"
+
+
 def test_a_channel_without_a_session_row_gets_none() -> None:
     line = a_line("megaapi", host="https://nowhere.invalid")
 
@@ -424,6 +515,61 @@ def test_a_step_that_is_under_way_undoes_nothing_that_was_heard_meanwhile(gatewa
     assert told(line) == ["connecting", "ready"]
 
 
+def test_a_step_whose_wish_is_done_by_what_was_heard_is_not_made_anew(gateway: Gateway) -> None:
+    """Its process died; and the phone that was connected meanwhile drops."""
+    line = a_line("megaapi", host=gateway.host)
+    gateway.is_paired = True
+    wish_start(line)
+    with seen_by(line.tenant) as s:
+        assert WaSession.claim(s, line.tenant.id, line.channel.id, uuid4()) is not None
+
+    hear(line, "connected")
+    after = session_of(line)
+    assert (after["wish"], after["claim_token"], after["next_step_at"]) == (None, None, None)
+    elapse(line, CLAIM.total_seconds())
+    found(line, "UPDATE session SET next_step_at = now() WHERE channel_id = :channel RETURNING 1")
+
+    step(line)
+    assert gateway.calls == []
+    assert str(line.channel.id) not in rung(at_once=True)
+
+
+def test_what_a_step_heard_is_not_undone_by_a_poll_that_was_asked_before_it(gateway: Gateway) -> None:
+    line = a_line("megaapi", host=gateway.host)
+    gateway.scan()
+    wish_start(line)
+    step(line)
+    asked_at = now(line)
+
+    wish_start(line)
+    step(line)  # connected: no news
+    hear(line, "disconnected", asked_at)
+
+    assert channel_of(line)["status"] == "connected"
+    assert session_of(line)["state"] == "ready"
+
+
+def test_a_host_that_does_not_answer_takes_no_threads(gateway: Gateway) -> None:
+    tenant = a_tenant()
+    lines = [a_line("megaapi", tenant, gateway.host) for _ in range(FILES + 1)]
+    for line in lines:
+        wish_start(line)
+    gateway.is_cut_off = True
+    for line in lines[:FILES]:
+        assert step(line)["error_code"] == "unreachable"
+    gateway.calls.clear()
+
+    waits = step(lines[-1])
+    assert (waits["wish"], waits["error_code"]) == ("start", "paused")
+    assert wait_of(lines[-1]) > PAUSE - 10
+    assert gateway.calls == []
+    gateway.is_cut_off = False
+    circuit.answered(gateway.host)  # as a probe finds out
+    elapse(lines[-1], 2 * PAUSE)
+
+    assert step(lines[-1])["state"] == "qrcode"
+
+
 def test_the_latest_wish_counts(gateway: Gateway) -> None:
     line = a_line("megaapi", host=gateway.host)
     gateway.scan()
@@ -433,7 +579,7 @@ def test_the_latest_wish_counts(gateway: Gateway) -> None:
     until(lambda: gateway.calls, "the step's call")
 
     wish_stop(line)
-    session_step(*line.ids())  # the bell of the new wish: the step before it has not ended
+    channel_session(*line.ids())  # the bell of the new wish: the step before it has not ended
     assert gateway.calls == ["status"]
     gateway.gate.set()
     running()
@@ -446,7 +592,7 @@ def test_two_jobs_at_once_make_one_step(gateway: Gateway) -> None:
     line = a_line("megaapi", host=gateway.host)
     wish_start(line)
 
-    together(*[lambda: session_step(*line.ids())] * 4)
+    together(*[lambda: channel_session(*line.ids())] * 4)
 
     assert gateway.calls == ["status", "qrcode_base64"]
 
@@ -455,14 +601,14 @@ def test_a_process_that_is_killed_in_a_step_is_replaced(gateway: Gateway) -> Non
     line = a_line("megaapi", host=gateway.host)
     wish_start(line)
     gateway.gate.clear()
-    command = [sys.executable, "-m", "pombal", "run", "session_step", json.dumps(line.ids())]
+    command = [sys.executable, "-m", "pombal", "run", "channel_session", json.dumps(line.ids())]
     with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         until(lambda: gateway.calls, "the step's call")
         os.kill(process.pid, signal.SIGKILL)
     gateway.gate.set()
     gateway.calls.clear()
 
-    session_step(*line.ids())
+    channel_session(*line.ids())
     assert gateway.calls == []  # nobody knows yet that it is dead
     elapse(line, CLAIM.total_seconds())
     assert str(line.channel.id) in rung()
@@ -491,22 +637,30 @@ def test_a_channel_that_is_gone_is_no_trouble() -> None:
     with superuser() as connection:
         connection.execute("DELETE FROM channel WHERE id = %s", [line.channel.id])
 
-    session_step(*line.ids())
+    channel_session(*line.ids())
 
 
-def hear(line: Line, status: str | None) -> None:
-    """A poll or the check after a webhook found this."""
+def now(line: Line) -> datetime:
+    """By the database's clock."""
     with seen_by(line.tenant) as s:
-        (now,) = all_of(s, "SELECT clock_timestamp() AS now")
+        (row,) = all_of(s, "SELECT clock_timestamp() AS now")
+    at: datetime = row["now"]
+    return at
+
+
+def hear(line: Line, status: str | None, asked_at: datetime | None = None) -> None:
+    """A poll or the check after a webhook found this."""
+    asked_at = asked_at or now(line)
+    with seen_by(line.tenant) as s:
         reason = None if status else "timeout"
-        said = {"tenant_id": line.tenant.id, "id": line.channel.id, "asked_at": now["now"], "status": status}
+        said = {"tenant_id": line.tenant.id, "id": line.channel.id, "asked_at": asked_at, "status": status}
         write(s, [{**said, "raw": status or "", "reason": reason, "own_id": None}])
 
 
 def rung(*, at_once: bool = False) -> list[str]:
     """The channels that a round of the sweep rings for."""
     assert isinstance(broker, HardenedBroker)
-    broker.flush("status_sync")
+    broker.flush("channel_session")
     ring_sessions(at_once=at_once)
-    messages: Any = broker.client.hvals(f"{broker.namespace}:status_sync.msgs")
+    messages: Any = broker.client.hvals(f"{broker.namespace}:channel_session.msgs")
     return [json.loads(message)["args"][1] for message in messages]

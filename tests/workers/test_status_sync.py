@@ -13,8 +13,10 @@ from uuid import UUID
 
 import pytest
 from dramatiq import Worker
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
 
-from models import Channel, Hold, Lane, Lease, SyncReport, Tenant
+from models import Channel, Hold, Lane, Lease, SessionState, SyncReport, Tenant, WaSession, standing
 from models.sync_report import LEASE
 from pombal import db
 from pombal.broker import redis_client
@@ -33,9 +35,10 @@ from tests.workers.gateways import (
     set_stored,
     stored,
 )
-from tests.workers.tools import PATIENCE, in_background
-from workers import broker
-from workers.status_sync import ring_reports, status_check, status_sync, status_sync_tick, stop
+from tests.workers.tools import PATIENCE, in_background, until_somebody_waits_for_a_lock
+from workers import _standing, broker
+from workers.channel_session import status_check
+from workers.status_sync import ring_reports, status_sync, status_sync_tick, stop
 
 CHANGES = "channel_status"
 
@@ -97,7 +100,11 @@ def versions(tenant: Tenant) -> dict[UUID, int]:
 def bells(actor: str) -> list[list[Any]]:
     """The arguments of the jobs that wait in the queue, delayed ones too."""
     with redis_client() as client:
-        bodies: Any = client.hvals("dramatiq:status_sync.msgs") + client.hvals("dramatiq:status_sync.DQ.msgs")
+        bodies: Any = [
+            body
+            for queue in ("status_sync", "status_sync.DQ", "channel_session", "channel_session.DQ")
+            for body in client.hvals(f"dramatiq:{queue}.msgs")
+        ]
     found = [json.loads(body) for body in bodies]
     return [one["args"] for one in found if one["actor_name"] == actor]
 
@@ -245,6 +252,113 @@ def test_a_lane_that_was_held_by_an_old_look_is_let_go_by_the_next_round() -> No
         synced(tenant)
 
     assert hold(channel) is None
+
+
+def test_a_recovery_does_not_end_a_pause_that_the_provider_asked_for() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gateway.says[channel.name] = "disconnected"
+        synced(tenant)
+        with db.session([tenant.id]) as s:
+            Lane.pause(s, code="429", seconds=3600, pace=0.5, channel_id=channel.id)
+        gateway.says[channel.name] = "connected"
+        synced(tenant)
+
+    with db.session([tenant.id]) as s:
+        (row,) = Lane.overview(s, channel.id)
+    assert (row["hold"], row["state"], row["pause_code"]) == (None, "paused", "429")
+
+
+def test_news_of_several_channels_waits_for_whoever_accepts_messages_for_them() -> None:
+    """One lane is there and the other is made by whoever comes first: neither waits for the other in a circle."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        first, second = sorted((a_channel(gateway, tenant) for _ in range(2)), key=lambda channel: channel.id)
+    set_stored(first, status="disconnected")
+    set_stored(second, status="connected")
+    with db.session([tenant.id]) as s:
+        Lane.ensure(s, tenant.id, first.id)
+        Lane.set_hold(s, first.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+        now = s.execute(select(func.clock_timestamp())).scalar_one()
+
+    def said(channel: Channel, status: str) -> dict[str, Any]:
+        key = {"tenant_id": tenant.id, "id": channel.id, "asked_at": now}
+        return key | {"status": status, "raw": status, "reason": None, "own_id": None}
+
+    def write() -> None:
+        with db.session([tenant.id]) as s:
+            _standing.write(s, [said(first, "connected"), said(second, "disconnected")])
+
+    def expect(s: Session, channel: Channel) -> None:
+        Lane.expect(s, [{"tenant_id": tenant.id, "channel_id": channel.id, "due_at": None}])
+
+    with db.session([tenant.id]) as s:
+        expect(s, first)
+        done = in_background(write)
+        until_somebody_waits_for_a_lock()
+        expect(s, second)
+    done()
+
+    assert (hold(first), hold(second)) == (None, Hold.DISCONNECTED)
+
+
+def test_a_session_that_says_otherwise_than_its_channel_is_brought_in_line_by_a_round() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        with db.session([tenant.id]) as s:
+            s.add(WaSession(tenant_id=tenant.id, channel_id=channel.id, state=SessionState.DISCONNECTED))
+        synced(tenant)
+
+    with db.session([tenant.id]) as s:
+        assert s.get_one(WaSession, (tenant.id, channel.id)).state == SessionState.READY
+
+
+TOO_SLOW = (
+    """DO $$ BEGIN RAISE EXCEPTION 'canceling statement due to statement timeout' USING ERRCODE = '57014'; END $$"""
+)
+
+
+def test_a_look_for_silence_that_takes_too_long_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    tenant = a_tenant()
+    monkeypatch.setattr(standing, "_SILENT", text(TOO_SLOW))
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        with db.session([tenant.id]) as s:
+            Lane.ensure(s, tenant.id, channel.id)
+            Lane.set_hold(s, channel.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+
+        assert synced(None)["checked"] == 1
+
+        assert gateway.asked[channel.name] == 2
+    assert hold(channel) is None
+    with db.session() as s:
+        lease = s.get_one(Lease, LEASE)
+        assert lease.done_at is not None
+        assert Lease.take(s, LEASE, uuid.uuid4(), timedelta(seconds=1))
+
+
+def test_a_due_round_ends_by_its_tick_however_late_its_report_was_made() -> None:
+    with db.session() as s:
+        id_, _ = SyncReport.open(s, None, is_dry=False, is_due=True)
+    with superuser() as connection:
+        connection.execute(
+            """
+            UPDATE sync_report SET created_at = date_bin('5 minutes', now(), to_timestamp(0)) - interval '260 s'
+            WHERE id = %s
+            """,
+            [id_],
+        )
+        found = connection.execute("SELECT extract(epoch FROM now() - created_at)::float8 FROM sync_report").fetchone()
+    with db.session() as s:
+        row = SyncReport.begin(s, id_)
+
+    assert row is not None
+    assert found is not None
+    assert row["waited"] - found[0] == pytest.approx(40, abs=10)
 
 
 def test_silence_is_told_apart_and_its_end_too() -> None:
@@ -535,10 +649,116 @@ def test_a_check_without_an_answer_is_made_again_and_then_unknown() -> None:
 
         assert bells("status_check") == [[str(channel.id), 1]]
         assert stored(channel)["unknown_since"] is None
+        elapse(channel)
         status_check(str(channel.id), 3)
 
     after = stored(channel)
     assert (after["status"], after["unknown_reason"]) == ("connected", "provider_error")
+
+
+def elapse(channel: Channel) -> None:
+    """Let the pause pass that a check without an answer makes."""
+    set_stored(channel, check_until=datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def say(channel: Channel) -> None:
+    """As a webhook does it, and its bell."""
+    with db.session([channel.tenant_id]) as s:
+        now = s.execute(select(func.clock_timestamp())).scalar_one()
+        standing.told(s, [(channel.tenant_id, channel.id, now)])
+    status_check.send(str(channel.id))
+
+
+def test_checks_are_not_in_the_way_of_rounds() -> None:
+    queues = {job.queue_name for job in (status_sync, status_sync_tick)}
+    assert status_check.queue_name not in queues
+
+
+def test_however_often_a_channel_says_something_one_check_is_under_way_and_one_follows() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gate = gateway.says[channel.name] = Gate()
+        say(channel)
+        done = in_background(lambda: status_check(str(channel.id)))
+        gate.wait_until_asked()
+        for _ in range(5):
+            say(channel)
+            status_check(str(channel.id))
+        broker.flush(status_check.queue_name)
+
+        assert gateway.asked[channel.name] == 1
+        gate.release("disconnected")
+        done()
+        assert stored(channel)["status"] == "disconnected"
+        assert bells("status_check") == [[str(channel.id)]]  # for what it said meanwhile
+        gateway.says[channel.name] = "connected"
+        for _ in range(5):
+            status_check(str(channel.id))
+
+        assert (gateway.asked[channel.name], stored(channel)["status"]) == (2, "connected")
+
+
+def test_a_check_that_had_another_answer_is_not_made_again_for_the_same_event() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gateway.says[channel.name] = Answer(401, b"{}")
+        say(channel)
+        for _ in range(3):
+            status_check(str(channel.id))
+        assert gateway.asked[channel.name] == 1
+        say(channel)
+        status_check(str(channel.id))
+
+        assert gateway.asked[channel.name] == 2
+
+
+def test_a_status_is_found_although_events_come_faster_than_answers() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        gate = gateway.says[channel.name] = Gate()
+        say(channel)
+        done = in_background(lambda: status_check(str(channel.id)))
+        gate.wait_until_asked()
+        say(channel)
+        gate.release("disconnected")
+        done()
+        assert stored(channel)["status"] == "disconnected"
+
+
+def test_a_check_waits_as_long_as_the_gateway_wants() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        gateway.says[channel.name] = Answer(429, b'{"message":"slowly"}')
+        say(channel)
+        broker.flush(status_check.queue_name)
+        before = time.time()
+        status_check(str(channel.id))
+
+        with redis_client() as client:
+            delayed: Any = client.hvals("dramatiq:channel_session.DQ.msgs")
+        (job,) = [json.loads(body) for body in delayed]
+        assert job["args"] == [str(channel.id), 1]
+        assert job["options"]["eta"] / 1000 - before > 25
+        assert gateway.asked[channel.name] == 1
+
+
+def test_one_that_hangs_is_left_to_the_rounds_and_its_host_is_not(impatient: None) -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel, other = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        gateway.says[channel.name] = HANGS
+        for _ in range(8):
+            say(channel)
+            elapse(channel)
+            status_check(str(channel.id), 3)
+        status_check(str(other.id))
+
+        assert gateway.asked == {channel.name: 5, other.name: 1}
 
 
 def test_checks_of_a_host_that_hangs_are_left_to_the_rounds(impatient: None) -> None:

@@ -1,9 +1,10 @@
-"""The steps of sessions: connect, show a QR code until it is scanned or nobody scans it, end. Not a queue, hence the
-underscore: its actor is on `status_sync`, in: the ids of a tenant and of a channel.
+"""The steps of sessions: connect, show a QR code until it is scanned or nobody scans it, end.
 
-Rung by the routes that note a wish, by each step for the next one, and by the sweep. Safe to run twice and anywhere: a
-step is made under a claim on the session's row, and what it came to is dropped when the wish is another by then. Each
-step first asks how things stand, so one that died half-way is simply made again (megaapi.md, "Endpoints").
+Queue `channel_session`, in: the ids of a tenant and of a channel. Rung by the routes that note a wish, by each step for
+the next one, and by the sweep. Beside them: checks of how one channel stands, by its id (`_checks.py`). Safe to run
+twice and anywhere: a step is made under a claim on the session's row, and what it came to is dropped when the wish is
+another by then. Each step first asks how things stand, so one that died half-way is simply made again (megaapi.md,
+"Endpoints").
 """
 
 import asyncio
@@ -27,6 +28,8 @@ from pombal.settings import settings
 from providers.http import Clients
 from providers.instance import Instance, InstanceFault, Picture, Standing
 from providers.stub import PAUSES, new_picture
+from workers._checks import check
+from workers._circuit import PAUSE, Circuit
 from workers._standing import tell, write
 
 _log = log.get()
@@ -34,6 +37,7 @@ _log = log.get()
 LOOK = 5.0  # seconds between looks whether the code was scanned
 REFRESH = 20.0  # … after which the gateway has another picture
 PATIENCE = 300.0  # … that a code is shown for
+LINGERS = 60.0  # … that a gateway gets to notice that it has logged an instance out
 _RECONNECTS = 15.0  # … that an instance which was restarted gets
 _STATUS_DEADLINE = 8.0
 _LONGEST_STEP = 40.0  # less than a claim
@@ -42,13 +46,17 @@ _MOST_STEPS = 20  # of one job
 _MOST_RUNS = 4  # of a transaction that meets others in a deadlock
 _MOST_RUNG = 500  # in one round of the sweep
 _ENOUGH_JOBS = 1_000
+_OF_THE_HOST = ("timeout", "unreachable")  # faults that take threads; whatever else it says, it answers
+# Of a logout that may come to the same as one: some gateways refuse it where nobody is logged in.
+_REFUSALS = ("rejected", "provider_error", "unreadable")
 
 EXPIRED = ("qr_expired", "nobody scanned the QR code in time")
+STILL_CONNECTED = ("still_connected", "the gateway logged it out, and yet says that it is connected")
 NOT_CONNECTED = ("not_connected", "it is paired with a phone, and yet the gateway did not connect it")
 
 
-@actor(queue="status_sync", max_retries=3, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
-def session_step(tenant_id: str, channel_id: str) -> None:
+@actor(queue="channel_session", max_retries=3, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
+def channel_session(tenant_id: str, channel_id: str) -> None:
     """Make the next step of this channel's session if it is due, and all that are due at once after it."""
     try:
         tenant, channel = UUID(tenant_id), UUID(channel_id)
@@ -68,10 +76,24 @@ def session_step(tenant_id: str, channel_id: str) -> None:
     ring_session(tenant, channel, wait or 0.0)
 
 
+@actor(queue="channel_session", max_retries=3, min_backoff=1_000, max_backoff=30_000, throws=Permanent)
+def status_check(channel_id: str, tries: int = 0) -> None:
+    """Ask how a channel stands, since its provider said by itself that something changed (`_checks.py`); the next round
+    of the status sync asks in any case."""
+    try:
+        id_ = UUID(channel_id)
+    except ValueError:
+        raise Permanent("not the id of a channel") from None
+    wait = check(id_, tries)
+    if wait is not None:
+        again = (channel_id, tries + 1) if wait else (channel_id,)
+        status_check.send_with_options(args=again, delay=int(wait * 1000) or None)
+
+
 def ring_session(tenant_id: UUID, channel_id: UUID, wait: float = 0.0) -> None:
     """Enqueue the step that is due after so many seconds; while Redis is away the sweep does it later."""
     try:
-        session_step.send_with_options(args=(str(tenant_id), str(channel_id)), delay=int(wait * 1000) or None)
+        channel_session.send_with_options(args=(str(tenant_id), str(channel_id)), delay=int(wait * 1000) or None)
     except Exception as error:
         if not is_redis_trouble(error):
             raise
@@ -81,14 +103,14 @@ def ring_session(tenant_id: UUID, channel_id: UUID, wait: float = 0.0) -> None:
 def ring_sessions(*, at_once: bool = False) -> int:
     """Enqueue a job for each session whose step is due and was not rung for lately; returns how many. `at_once`: Redis
     lost them."""
-    if not at_once and isinstance(broker, HardenedBroker) and broker.waiting("status_sync") > _ENOUGH_JOBS:
+    if not at_once and isinstance(broker, HardenedBroker) and broker.waiting("channel_session") > _ENOUGH_JOBS:
         return 0
     with db.session() as s:
         db.see_all(s)
         due = WaSession.to_ring(s, _MOST_RUNG, at_once=at_once)
     for tenant_id, channel_id in due:
-        session_step.send(str(tenant_id), str(channel_id))
-    metrics.sweeps.labels(queue="status_sync").inc(len(due))
+        channel_session.send(str(tenant_id), str(channel_id))
+    metrics.sweeps.labels(queue="channel_session").inc(len(due))
     return len(due)
 
 
@@ -134,7 +156,8 @@ class Turn:
                     # Channels before lanes before sessions, as everywhere.
                     if self._told_at is not None:
                         standing.told(s, [(tenant, row["channel_id"], self._told_at)])
-                    news = write(s, [self._said], is_probe=self._told_at is not None) if self._said is not None else []
+                    # Asked on purpose: a poll that was asked before must not undo it, be it news or not.
+                    news = write(s, [self._said], is_probe=True) if self._said is not None else []
                     return news, WaSession.settle(
                         s,
                         row,
@@ -156,8 +179,6 @@ class Turn:
             return asyncio.run(self._asked())
         except InstanceFault as fault:
             return self._failed(fault.code, fault.text, fault.wait, is_transient=fault.is_transient)
-        except TimeoutError:
-            return self._failed("timeout", "the gateway did not answer in time", is_transient=True)
         except Misconfigured as error:
             _log.error("session_misconfigured", **self._names(), error=str(error))
             return self._failed("misconfigured", "a setting of this installation is wrong")
@@ -185,12 +206,31 @@ class Turn:
         try:
             secrets = unseal(row["channel_id"], row["sealed"]) if row["sealed"] else {}
             instance = providers.instance(row["kind"], clients, row["config"], secrets)
-            async with asyncio.timeout(_LONGEST_STEP):
-                if row["wish"] == SessionWish.STOP:
-                    return await self._ended(instance)
-                return await self._connected(instance)
+            return await self._reached(instance)
         finally:
             await clients.close()
+
+    async def _reached(self, instance: Instance) -> Step:
+        """Unless its host is left alone: a step would take a thread for as long as a host does not answer."""
+        if not circuit.allows(instance.host):
+            text = "its gateway did not answer several times in a row"
+            raise InstanceFault("paused", text, is_transient=True, wait=PAUSE)
+        try:
+            async with asyncio.timeout(_LONGEST_STEP):
+                ends = self.row["wish"] == SessionWish.STOP
+                step = await (self._ended(instance) if ends else self._connected(instance))
+        except TimeoutError:
+            fault = InstanceFault("timeout", "the gateway did not answer in time", is_transient=True)
+        except InstanceFault as error:
+            fault = error
+        else:
+            circuit.answered(instance.host)
+            return step
+        if fault.code not in _OF_THE_HOST:
+            circuit.answered(instance.host)
+        elif circuit.failed(instance.host, self.row["channel_id"]):
+            _log.error("session_host_paused", provider=self.row["kind"], code=fault.code)
+        raise fault
 
     async def _connected(self, instance: Instance) -> Step:
         seen = await self._status(instance)
@@ -213,25 +253,36 @@ class Turn:
         return Step(begun, wait=_RECONNECTS)
 
     async def _ended(self, instance: Instance) -> Step:
-        try:
-            seen = await self._status(instance)
-            if seen.status == "disconnected":
-                return Step((SessionState.DISCONNECTED,))
-        except InstanceFault as fault:
-            # It need not say how it stands to be ended; what is the matter with it shows then.
-            _log.debug("session_status_unknown", **self._names(), code=fault.code)
+        """Log out, however it stands: one that is disconnected may be paired, and would connect again by itself."""
         try:
             await instance.logout()
         except InstanceFault as fault:
-            if fault.code != "not_found":
+            if fault.code == "not_found":
+                return Step((SessionState.DISCONNECTED,), error=(fault.code, fault.text))  # nothing is left to be ended
+            if fault.code not in _REFUSALS or not await self._waits_for_a_scan(instance):
                 raise
-            return Step((SessionState.DISCONNECTED,), error=(fault.code, fault.text))  # nothing is left to be ended
         self._told_at = self._now()  # whatever was asked before is out of date
         try:
-            await self._status(instance)
+            seen = await self._status(instance)
+        except InstanceFault as fault:
+            # It need not say how it stands to be ended; what is the matter with it shows then.
+            _log.debug("session_status_unknown", **self._names(), code=fault.code)
+            return Step((SessionState.DISCONNECTED,))
+        if seen.status != "connected":
+            return Step((SessionState.DISCONNECTED,))
+        was_so = self.row["error_code"] == STILL_CONNECTED[0]  # at the step before this one
+        if not was_so or self._age(self.row["wished_at"]) < LINGERS:
+            return Step(wait=LOOK, error=STILL_CONNECTED)
+        return Step((SessionState.READY,), error=STILL_CONNECTED)
+
+    async def _waits_for_a_scan(self, instance: Instance) -> bool:
+        """Whether nobody is logged in, as far as the gateway says."""
+        try:
+            seen = await instance.status(_STATUS_DEADLINE)
+            return seen.status == "disconnected" and await instance.qr() is not None
         except InstanceFault as fault:
             _log.debug("session_status_unknown", **self._names(), code=fault.code)
-        return Step((SessionState.DISCONNECTED,))
+            return False
 
     async def _status(self, instance: Instance) -> Standing:
         """How it stands; that is noted for the channel too, and so is that it did not say."""
@@ -287,3 +338,6 @@ class Turn:
     def _names(self) -> dict[str, str]:
         """Of whom a log line speaks; ids of ours alone."""
         return {name: str(self.row[name]) for name in ("tenant_id", "channel_id")}
+
+
+circuit = Circuit()
