@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, aliased
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Attempt, File, Lane, Media, Message, MessageStatus, StatusReport, outgoing
+from models import Attempt, File, Hold, Lane, Media, Message, MessageStatus, StatusReport, outgoing
 from pombal import db, log, metrics
 from pombal.errors import Unreachable
 from web import shapes
@@ -82,7 +82,8 @@ async def message(request: Request) -> Response:
     - `retry`: it was refused for now, its recipient has had as many as may be sent, or its file goes up first; next try
       at `until`;
     - `paused`: the channel, app or account reached a limit (`code`) and sends nothing before `until`;
-    - `hold`: the channel is held since `since`, `hold` being auth, payment, outage or operator; `code` and `text`;
+    - `hold`: the channel is held since `since`, `hold` being auth, payment, outage, disconnected (its session is, until
+      it is connected again) or operator; `code`, `text`, and `next_probe_at` of those that are probed;
     - `settling`: its answer was lost (status `unknown`); a status may tell what became of it before `until`;
     - `operator`: nothing told what became of it (status `unknown`), and an operator decides; `text`.
 
@@ -284,7 +285,7 @@ def _waiting(s: Session, row: Message, now: datetime) -> dict[str, Any] | None:
             "code": lane.hold_code,
             "text": lane.hold_reason,
             "since": _at(lane.held_at),
-            "next_probe_at": _at(lane.next_probe_at),
+            "next_probe_at": None if lane.hold in (Hold.OPERATOR, Hold.DISCONNECTED) else _at(lane.next_probe_at),
         }
     if lane is not None and lane.paused_until is not None and lane.paused_until > now:
         return {"reason": "paused", "code": lane.pause_code, "until": _at(lane.paused_until)}

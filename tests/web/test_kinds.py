@@ -253,3 +253,4 @@ def test_a_message_of_a_disconnected_channel_waits_and_says_so(web: Web) -> None
 
     waiting = customer.looks(id_)["waiting"]
     assert (waiting["reason"], waiting["hold"], waiting["code"]) == ("hold", "disconnected", "disconnected")
+    assert (waiting["next_probe_at"], bool(waiting["since"])) == (None, True)  # nothing probes it
