@@ -29,16 +29,18 @@ pytestmark = pytest.mark.skipif(not LINUX, reason="processes are found through /
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """The whole of `pombal up`, for every fault in turn: it heals by itself, or the next test fails."""
+    """What takes bodies in of `pombal up`, for every fault in turn: it heals by itself, or the next test fails."""
     data = tmp_path_factory.mktemp("chaos") / "fleet"
-    with Fleet(data, PROMETHEUS_MULTIPROC_DIR=str(data.with_name("metrics"))) as fleet:
+    with Fleet(
+        data, "--procs", "sandbox,web,worker,clock", PROMETHEUS_MULTIPROC_DIR=str(data.with_name("metrics"))
+    ) as fleet:
         yield fleet.start()
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet to be stopped in every way. It holds one message of `demo_shop`, which must outlive them all."""
-    with Fleet(tmp_path_factory.mktemp("chaos") / "house", "--no-sandbox") as fleet:
+    with Fleet(tmp_path_factory.mktemp("chaos") / "house", "--procs", "web,worker,upkeep,clock") as fleet:
         yield fleet
 
 

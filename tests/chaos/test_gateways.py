@@ -31,7 +31,12 @@ FAULTS: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     data = tmp_path_factory.mktemp("chaos") / "gateways"
-    with Fleet(data, PROMETHEUS_MULTIPROC_DIR=str(data.with_name("gateway-metrics"))) as fleet:
+    with Fleet(
+        data,
+        "--procs",
+        "sandbox,web,worker,sessions,clock",
+        PROMETHEUS_MULTIPROC_DIR=str(data.with_name("gateway-metrics")),
+    ) as fleet:
         yield fleet.start()
 
 

@@ -32,7 +32,9 @@ FAULTS: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     data = tmp_path_factory.mktemp("chaos") / "files"
-    with Fleet(data, PROMETHEUS_MULTIPROC_DIR=str(data.with_name("metrics"))) as fleet:
+    with Fleet(
+        data, "--procs", "sandbox,web,worker,media,clock", PROMETHEUS_MULTIPROC_DIR=str(data.with_name("metrics"))
+    ) as fleet:
         yield fleet.start()
 
 

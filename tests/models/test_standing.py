@@ -124,7 +124,7 @@ def test_a_channel_is_checked_by_one_at_a_time_and_once_for_all_that_was_told(ch
     told(channel, ago(5))
     first = taken(channel)
     assert taken(channel) is None  # somebody is at it
-    told(channel, NOW + timedelta(minutes=5))
+    told(channel, datetime.now(UTC) + timedelta(minutes=5))
     assert taken(channel) is None
 
     assert left(channel, first)  # it told something since
@@ -132,7 +132,7 @@ def test_a_channel_is_checked_by_one_at_a_time_and_once_for_all_that_was_told(ch
     assert taken(channel) is None  # asked after that, whatever came of it
     again = taken(channel, is_again=True)
     assert not left(channel, again, wait=60)
-    told(channel, NOW + timedelta(minutes=6))
+    told(channel, datetime.now(UTC) + timedelta(minutes=6))
     assert taken(channel) is None  # somebody will be
     set_stored(channel, check_until=ago(1))
     assert not left(channel, first)  # it is another's by now
