@@ -1,8 +1,8 @@
 """One lane's turns: what a commit writes down, and what goes next.
 
 Table by table in the order that every transaction of the fleet keeps: identities, reports, the lane, uploads, attempts,
-messages, conversations, events, dead letters. Everything here runs in a thread and opens transactions of its own; no
-call to a provider happens in one.
+messages, conversations, events, dead letters; of gateways' channels the lane comes before the reports. Everything here
+runs in a thread and opens transactions of its own; no call to a provider happens in one.
 """
 
 import time
