@@ -6,6 +6,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -248,6 +250,20 @@ class Watchdog(Middleware):
 def is_store_trouble(error: BaseException) -> bool:
     """Postgres or Redis away, slow or full: whatever ran then deserves another try that does not count."""
     return db.is_store_trouble(error) or is_redis_trouble(error)
+
+
+@contextmanager
+def bell_may_be_lost(event: str = "bell_lost", **names: object) -> Iterator[None]:
+    """Where jobs are enqueued for what is committed: while Redis is away the sweep, or the next round, does it later.
+
+    Says so in a line of that name; other errors are raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_redis_trouble(error):
+            raise
+        _log.warning(event, **names, error=log.described(error))
 
 
 def is_redis_trouble(error: BaseException) -> bool:

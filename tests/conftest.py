@@ -62,3 +62,15 @@ def queues() -> Iterator[None]:
     broker.flush_all()
     yield
     broker.flush_all()
+
+
+@pytest.fixture
+def _near_gateways(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gateways on this machine may be reached."""
+    from pombal.settings import settings
+
+    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
+    settings.cache_clear()
+    yield
+    monkeypatch.undo()
+    settings.cache_clear()

@@ -5,7 +5,6 @@ import hashlib
 import hmac
 import re
 import secrets
-import time
 from typing import NamedTuple
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from pombal import db, log, metrics
 from pombal.settings import settings
 from web.errors import Failure
 from web.limits import Quota
+from web.remembered import Remembered
 
 _log = log.get()
 _refusals = Quota(per_second=10)
@@ -25,9 +25,6 @@ MiB = 1024 * 1024
 _BODY_SECONDS = 10.0  # for the whole body (security-reliability.md W5)
 _UNPROVEN = 64 * MiB  # of bodies that are being read: anybody may send them, so they may not fill the memory (W13)
 _SMALL = 64 * 1024  # bytes of each body that are read in any case, so that large ones do not keep small ones out
-_KNOWN_FOR = 10.0  # seconds an app's secrets are believed without asking the database
-_ASK_AGAIN = 2.0  # … and more while it is being asked, or has not answered
-_SECONDS_TO_ASK, _SECONDS_TO_REFRESH = 2.5, 0.3  # the second leaves a request its time for the commit (W3)
 _SIGNATURE = re.compile(rb"sha256=([0-9a-f]{64})")
 _NOBODY = secrets.token_bytes(32)  # what an unknown app is checked against, so that it costs the same
 
@@ -41,32 +38,14 @@ class AppSecrets(NamedTuple):
 
 
 class Apps:
-    """The secrets of apps by their URL slug, remembered for some seconds, and longer while Postgres is away."""
+    """The secrets of apps by their URL slug."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[float, AppSecrets]] = {}
+        self._known = Remembered(_load, lambda app: app.app_id is not None)
 
     async def get(self, slug: str) -> AppSecrets:
         """Never raises for an unknown app: it looks like any other to whoever guesses (W10)."""
-        known = self._known.get(slug)
-        if known and time.monotonic() - known[0] < _KNOWN_FOR:
-            return known[1]
-        if known:  # one request asks, the others go on with what is known
-            self._known[slug] = (time.monotonic() - _KNOWN_FOR + _ASK_AGAIN, known[1])
-        try:
-            async with asyncio.timeout(_SECONDS_TO_REFRESH if known else _SECONDS_TO_ASK):
-                found = await asyncio.to_thread(_load, slug)
-        except Exception as error:
-            if not (isinstance(error, TimeoutError) or db.is_store_trouble(error)):
-                raise
-            if known:
-                return known[1]
-            raise Failure(503, "UNAVAILABLE", "the database is away", retry_after=5) from None
-        if found.app_id is not None:  # strangers' guesses must not fill the memory
-            self._known[slug] = (time.monotonic(), found)
-        else:
-            self._known.pop(slug, None)
-        return found
+        return await self._known.get(slug)
 
 
 def _load(slug: str) -> AppSecrets:

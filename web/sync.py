@@ -12,14 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from models import ReportState, SyncReport
-from pombal import db, log
-from pombal.middleware import is_redis_trouble
+from pombal import db
+from pombal.middleware import bell_may_be_lost
 from pombal.settings import settings
 from web.errors import Failure
 from web.signatures import caller, is_token, refused
 from workers.status_sync import status_sync
-
-_log = log.get()
 
 _PATIENCE = 5.0  # seconds that a request waits for its report
 _FIRST_LOOK, _LAST_LOOK = 0.05, 0.4  # seconds between looks at it, more with each
@@ -123,9 +121,5 @@ def _found(id_: UUID, tenant_id: UUID | None) -> SyncReport | None:
 
 
 def _ring(id_: UUID) -> None:
-    try:
+    with bell_may_be_lost(report_id=str(id_)):
         status_sync.send(str(id_))
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("bell_lost", report_id=str(id_), error=log.described(error))

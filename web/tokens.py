@@ -4,9 +4,7 @@ Gateways do not sign (megaapi.md, "Webhooks"), so the token is all the proof the
 has none learns nothing: whatever they name, one look-up by a hash is made, and the answer is the same.
 """
 
-import asyncio
 import hmac
-import time
 from typing import NamedTuple
 from uuid import UUID
 
@@ -15,12 +13,9 @@ from starlette.requests import Request
 
 from models import Tenant, WebhookToken
 from pombal import db
-from web.errors import Failure
+from web.remembered import Remembered
 
 _HEADER = b"x-webhook-token"
-_KNOWN_FOR = 10.0  # seconds a token is believed without asking the database: a revoked one stops within that time
-_ASK_AGAIN = 2.0  # … and more while it is being asked, or has not answered
-_SECONDS_TO_ASK, _SECONDS_TO_REFRESH = 2.5, 0.3  # the second leaves a request its time for the commit (W3)
 
 
 class Door(NamedTuple):
@@ -40,33 +35,16 @@ class Door(NamedTuple):
 
 
 class Tokens:
-    """The doors behind tokens, remembered for some seconds, and longer while Postgres is away."""
+    """The doors behind tokens, by their hashes."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[float, Door]] = {}
+        self._known = Remembered(_load, lambda door: door is not None)
 
     async def door(self, text: str | None) -> Door | None:
         """None for a token that does not exist, and, as late, for none at all. 503 when nobody knows."""
         digest = WebhookToken.digest_of(text or "")
-        known = self._known.get(digest)
-        if known and time.monotonic() - known[0] < _KNOWN_FOR:
-            return known[1]
-        if known:  # one request asks, the others go on with what is known
-            self._known[digest] = (time.monotonic() - _KNOWN_FOR + _ASK_AGAIN, known[1])
-        try:
-            async with asyncio.timeout(_SECONDS_TO_REFRESH if known else _SECONDS_TO_ASK):
-                found = await asyncio.to_thread(_load, digest)
-        except Exception as error:
-            if not (isinstance(error, TimeoutError) or db.is_store_trouble(error)):
-                raise
-            if known:
-                return known[1]
-            raise Failure(503, "UNAVAILABLE", "the database is away", retry_after=5) from None
-        if found is None or not text or not hmac.compare_digest(found.digest, digest):
-            self._known.pop(digest, None)  # strangers' guesses must not fill the memory
-            return None
-        self._known[digest] = (time.monotonic(), found)
-        return found
+        found = await self._known.get(digest)
+        return found if found is not None and text and hmac.compare_digest(found.digest, digest) else None
 
 
 def presented(request: Request) -> str | None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from models import ChannelStatus, Event, Hold, Lane, WaSession, standing
 from pombal import db, log, metrics
-from pombal.middleware import is_redis_trouble
+from pombal.middleware import bell_may_be_lost
 from workers.outgoing_message import ring
 
 _log = log.get()
@@ -108,9 +108,5 @@ def change_of(row: RowMapping) -> dict[str, Any] | None:
 
 def ring_lane(channel_id: UUID) -> None:
     """Its messages may go; while Redis is away the sweep rings."""
-    try:
+    with bell_may_be_lost(channel_id=str(channel_id)):
         ring(channel_id)
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("bell_lost", channel_id=str(channel_id), error=log.described(error))

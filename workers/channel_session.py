@@ -22,7 +22,7 @@ from models.session import Settled
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker
 from pombal.errors import Misconfigured, Permanent
-from pombal.middleware import is_redis_trouble, is_store_trouble
+from pombal.middleware import bell_may_be_lost, is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers.http import Clients
@@ -92,12 +92,8 @@ def status_check(channel_id: str, tries: int = 0) -> None:
 
 def ring_session(tenant_id: UUID, channel_id: UUID, wait: float = 0.0) -> None:
     """Enqueue the step that is due after so many seconds; while Redis is away the sweep does it later."""
-    try:
+    with bell_may_be_lost("session_not_rung", channel_id=str(channel_id)):
         channel_session.send_with_options(args=(str(tenant_id), str(channel_id)), delay=int(wait * 1000) or None)
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("session_not_rung", channel_id=str(channel_id), error=log.described(error))
 
 
 def ring_sessions(*, at_once: bool = False) -> int:

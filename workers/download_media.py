@@ -28,7 +28,7 @@ from models.media import FATAL_CRASHES
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Misconfigured, Permanent, PombalError
-from pombal.middleware import is_redis_trouble, is_store_trouble
+from pombal.middleware import bell_may_be_lost, is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers.media import OF_THE_HOST, MediaFault, Received, Source
@@ -123,13 +123,9 @@ def ring(tenant_id: UUID, media_id: UUID) -> None:
 
 def ring_new(given: list[tuple[UUID, UUID]]) -> None:
     """Ring for files that were noted just now; while Redis is away the sweep does it later."""
-    try:
+    with bell_may_be_lost("media_not_rung"):
         for tenant_id, media_id in given:
             ring(tenant_id, media_id)
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("media_not_rung", error=log.described(error))
 
 
 def claim(tenant: UUID, id_: UUID | None = None) -> RowMapping | None:

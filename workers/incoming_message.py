@@ -28,7 +28,7 @@ from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent, Rejected
 from pombal.ids import born
-from pombal.middleware import GivenUp, cause, is_redis_trouble, is_store_trouble
+from pombal.middleware import GivenUp, bell_may_be_lost, cause, is_store_trouble
 from providers import inbound, megaapi_webhook, meta
 from workers._effects import Settled, Stored, apply_items
 from workers.download_media import ring_new
@@ -413,13 +413,9 @@ def ask_about(channels: set[UUID]) -> None:
         return
     from workers.channel_session import status_check  # here, since few bodies are of a connection
 
-    try:
+    with bell_may_be_lost("status_checks_not_rung", channels=len(channels)):
         for channel_id in sorted(channels):
             status_check.send(str(channel_id))
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("status_checks_not_rung", channels=len(channels), error=log.described(error))
 
 
 def delivery_letter(row: RowMapping, reason: str, tenant: UUID | None, path: str | None = None) -> dict[str, Any]:

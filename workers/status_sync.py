@@ -27,7 +27,7 @@ from models.sync_report import LEASE
 from pombal import db, log, metrics
 from pombal.broker import actor, broker, cron
 from pombal.errors import Permanent, PombalError
-from pombal.middleware import is_redis_trouble, is_store_trouble
+from pombal.middleware import bell_may_be_lost, is_redis_trouble, is_store_trouble
 from pombal.settings import settings
 from workers import _standing
 from workers._rounds import DatabaseClock, Found, Round, Stopping, new_loop
@@ -146,12 +146,8 @@ def make(id_: UUID) -> None:
 
 
 def _ring_next() -> None:
-    try:
+    with bell_may_be_lost():
         ring_reports(at_once=True)
-    except Exception as error:
-        if not is_redis_trouble(error):
-            raise
-        _log.warning("bell_lost", error=log.described(error))  # the sweep rings
 
 
 class LostLease(PombalError):

@@ -17,7 +17,7 @@ from tests.factories import all_of
 from tests.gateways import Gateway, a_gateway, ack, an_id, connection, encoded, flat
 from tests.web.process import Answer, Web, request, running
 from tests.workers.tools import until
-from web import tokens
+from web import remembered
 from web.errors import Failure
 from web.tokens import Door, Tokens
 
@@ -191,7 +191,7 @@ def test_a_revoked_token_stops_when_what_is_remembered_runs_out(monkeypatch: pyt
     revoke(gateway)
 
     assert ask(cache, gateway.token) == [door]
-    monkeypatch.setattr(tokens, "_KNOWN_FOR", 0.0)
+    monkeypatch.setattr(remembered, "_KNOWN_FOR", 0.0)
     assert ask(cache, gateway.token) == [None]
     assert not cache._known
 
@@ -209,7 +209,7 @@ def test_while_postgres_does_not_answer_a_known_token_is_believed_and_another_is
 ) -> None:
     gateway, cache = a_gateway(), Tokens()
     (door,) = ask(cache, gateway.token)
-    monkeypatch.setattr(tokens, "_KNOWN_FOR", 0.0)
+    monkeypatch.setattr(remembered, "_KNOWN_FOR", 0.0)
 
     async def main(connection: psycopg.Connection[Any]) -> None:
         assert await cache.door(gateway.token) == door

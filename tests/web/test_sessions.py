@@ -471,12 +471,3 @@ def test_a_wrong_message_is_refused_by_its_field(given: dict[str, Any], field: s
 def gateway(_near_gateways: None) -> Iterator[Gateway]:
     with a_gateway() as one:
         yield one
-
-
-@pytest.fixture
-def _near_gateways(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
-    settings.cache_clear()
-    yield
-    monkeypatch.undo()
-    settings.cache_clear()

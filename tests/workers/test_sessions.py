@@ -20,7 +20,6 @@ from models import Channel, Tenant, WaSession
 from models.session import CLAIM
 from pombal.broker import HardenedBroker, broker
 from pombal.ids import uuid7
-from pombal.settings import settings
 from providers.stub import new_picture
 from tests.factories import a_tenant, all_of, seen_by, superuser
 from tests.workers.tools import in_background, together, until
@@ -195,15 +194,6 @@ def a_gateway() -> Iterator[Gateway]:
 def gateway() -> Iterator[Gateway]:
     with a_gateway() as gateway:
         yield gateway
-
-
-@pytest.fixture
-def _near_gateways(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
-    settings.cache_clear()
-    yield
-    monkeypatch.undo()
-    settings.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------- at a gateway
