@@ -12,10 +12,13 @@ from models.dead_letter import DeadLetter
 from models.delivery import Delivery, DeliveryState
 from models.event import Event, Seen
 from models.file import File, MediaUpload
+from models.gateway_log import LogPosition
 from models.lane import Hold, Lane
 from models.media import Media, MediaState
 from models.message import Message, MessageStatus, StatusReport
+from models.repair import Repair, RepairOutcome, RepairPause, RepairState
 from models.session import SessionState, SessionWish, WaSession
+from models.session_error import SessionEnd, SessionError, SessionLook
 from models.sync_report import ReportState, SyncReport
 from models.template import Template
 from models.tenant import Tenant
@@ -40,16 +43,24 @@ __all__ = [
     "Hold",
     "Lane",
     "Lease",
+    "LogPosition",
     "Media",
     "MediaState",
     "MediaUpload",
     "Message",
     "MessageStatus",
     "Outcome",
+    "Repair",
+    "RepairOutcome",
+    "RepairPause",
+    "RepairState",
     "ReportState",
     "Route",
     "RouteKind",
     "Seen",
+    "SessionEnd",
+    "SessionError",
+    "SessionLook",
     "SessionState",
     "SessionWish",
     "StatusReport",

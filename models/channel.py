@@ -16,6 +16,7 @@ from pombal.secrets import seal, unseal
 class ChannelKind(StrEnum):
     META = "meta"
     MEGAAPI = "megaapi"
+    BAILEYS = "baileys"
     STUB = "stub"  # for development: takes everything, and reaches nobody
 
 

@@ -69,6 +69,15 @@ delivery_lag = Histogram(
 quarantined = Counter(
     "pombal_quarantined_total", "Bodies or elements set aside.", ["provider", "kind"], registry=REGISTRY
 )
+session_errors = Counter(
+    "pombal_session_errors_total",
+    "Messages that gateways could not decrypt, each counted once.",
+    ["class"],
+    registry=REGISTRY,
+)
+repairs = Counter(
+    "pombal_repairs_total", "Steps of repairs, and what came of each.", ["step", "outcome"], registry=REGISTRY
+)
 messages = Counter(
     "pombal_messages_total", "Messages stored or reported on.", ["direction", "provider", "outcome"], registry=REGISTRY
 )

@@ -8,6 +8,7 @@ there a missing or weak secret refuses to start.
 import base64
 import os
 import re
+from datetime import timedelta
 from functools import cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -52,6 +53,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     status_sync_at_once: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 16
     whatsapp_stub_fast: bool = False
     cron_secret: str = ""
+    backend_url: str = ""
+    session_fixer: Literal["repair", "observe", "off"] = "repair"
+    threshold_errors: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 5
+    error_window: str = "300s"
+    check_interval: str = "10m"
+    session_log: str = ""
 
     def __repr__(self) -> str:
         return f"Settings(mode={self.mode!r})"
@@ -96,6 +103,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise Misconfigured("MEDIA_URL must be file:///absolute/folder or s3://bucket/prefix")
         return url
 
+    def require_error_window(self) -> timedelta:
+        """Within which more errors than `threshold_errors` open an incident. Raises `Misconfigured`."""
+        return _length("ERROR_WINDOW", self.error_window)
+
+    def require_check_interval(self) -> timedelta:
+        """Between two looks at all sessions of Baileys gateways. Raises `Misconfigured`."""
+        return _length("CHECK_INTERVAL", self.check_interval)
+
     def meta_media_hosts(self) -> list[str]:
         """Hosts that may see a channel's access token when a file is fetched; `*.` stands for any name below."""
         return [host.strip().lower() for host in self.whatsapp_media_hosts.split(",") if host.strip()]
@@ -115,6 +130,7 @@ _NAMES = {
     "secret_keys": "POMBAL_SECRET_KEYS",
     "metrics_dir": "PROMETHEUS_MULTIPROC_DIR",
     "sandbox_url": "POMBAL_SANDBOX_URL",
+    "session_fixer": "POMBAL_SESSION_FIXER",
 }
 
 
@@ -199,6 +215,15 @@ def _postgresql(name: str, url: str) -> str:
         )
     # Several hosts hand out `postgres://`, which SQLAlchemy refuses (dependencies.md, "Growing up").
     return "postgresql://" + url.removeprefix("postgres://") if url.startswith("postgres://") else url
+
+
+def _length(name: str, given: str) -> timedelta:
+    """A length of time: seconds, or a number with `s`, `m` or `h`; from a second to a day."""
+    found = re.fullmatch(r"([0-9]{1,6})([smh]?)", given.strip())
+    length = timedelta(seconds=int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]) if found else None
+    if length is None or not timedelta(seconds=1) <= length <= timedelta(days=1):
+        raise Misconfigured(f"{name} must be seconds, or a length such as 300s or 10m, of at most a day")
+    return length
 
 
 def _is_address(url: str, *schemes: str) -> bool:

@@ -92,6 +92,27 @@ class Connection(msgspec.Struct, frozen=True, gc=False):
     word: str
 
 
+class Undecrypted(msgspec.Struct, frozen=True, gc=False):
+    """A message that a gateway received and could not decrypt: `jid` is the chat's, without a device; `participant` is
+    '' except in groups; `cause` one of `providers.undecrypted.Cause`. `person` is who wrote it, `at` when it failed."""
+
+    path: str
+    jid: str
+    message_id: str
+    cause: str
+    person: Person
+    at: datetime
+    participant: str = ""
+
+
+class Ended(msgspec.Struct, frozen=True, gc=False):
+    """A gateway's connection to WhatsApp ended, with Baileys' code for the reason (baileys-sessions.md §6)."""
+
+    path: str
+    code: int
+    at: datetime
+
+
 class TemplateStatus(msgspec.Struct, frozen=True, gc=False):
     """The provider's verdict on a message template. `status` is its word in lower case (`approved`, `rejected`…)."""
 
@@ -121,7 +142,7 @@ class Reject(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-Item: TypeAlias = Message | Called | Status | TemplateStatus | Notice | Connection
+Item: TypeAlias = Message | Called | Status | TemplateStatus | Notice | Connection | Undecrypted | Ended
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):

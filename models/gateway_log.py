@@ -1,0 +1,22 @@
+"""How far the log of a gateway has been read: kept in the same commit as what was read (`workers/_follower.py`)."""
+
+from datetime import datetime
+
+from sqlalchemy import BigInteger, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.base import Base
+
+
+class LogPosition(Base):
+    """`head` is the digest of the file's first bytes and `head_length` how many those are: a file that was truncated
+    and written anew begins otherwise."""
+
+    __tablename__ = "log_position"
+
+    path: Mapped[str] = mapped_column(primary_key=True)
+    inode: Mapped[int] = mapped_column(BigInteger)
+    head: Mapped[bytes]
+    head_length: Mapped[int]
+    offset: Mapped[int] = mapped_column(BigInteger)
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,267 @@
+"""Messages that Baileys gateways could not decrypt, how their connections end, and how many of them are too many.
+
+What counts is the *message*: one row per (channel, chat, message id), however many log lines or deliveries tell of it
+(baileys-sessions.md §2). A row is healed once its message has arrived after all: then there is a `message` with its id.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import Index, RowMapping, func, text
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
+
+WEAK = "weak"  # the cause of evidence that no message is named with; `providers.undecrypted.Cause.WEAK`
+_REACH = timedelta(days=1)  # what failed longer ago is history
+
+
+class Tally(NamedTuple):
+    """The errors of one session that count. `at_once`: the most within one window; `strong` the same of those that
+    name their message; `contacts` who wrote them; `since` the first that is counted, None without any."""
+
+    at_once: int = 0
+    strong: int = 0
+    errors: int = 0
+    contacts: int = 0
+    groups: int = 0
+    causes: dict[str, int] = {}  # noqa: RUF012 - never changed
+    since: datetime | None = None
+
+
+class SessionError(Tenanted, Dated, Base):
+    """`jid` is the chat's address without a device, `participant` who wrote in a group, else ''. `at`: when it failed,
+    as whoever told of it saw it; `times`: how often it was told."""
+
+    __tablename__ = "session_error"
+    __table_args__ = (
+        belongs_to("channel", "channel_id", ondelete="CASCADE"),
+        Index("ix_session_error_open", "tenant_id", "channel_id", "at", postgresql_where=text("healed_at IS NULL")),
+    )
+
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    jid: Mapped[str] = mapped_column(primary_key=True)
+    message_id: Mapped[str] = mapped_column(primary_key=True)
+    participant: Mapped[str] = mapped_column(server_default="")
+    cause: Mapped[str]
+    source: Mapped[str]  # `webhook` or `log`
+    at: Mapped[datetime]
+    last_at: Mapped[datetime]
+    times: Mapped[int] = mapped_column(server_default=text("1"))
+    healed_at: Mapped[datetime | None]
+
+    @staticmethod
+    def record(s: Session, given: Iterable[dict[str, Any]]) -> list[RowMapping]:
+        """Write them down: rows of `tenant_id, channel_id, jid, message_id, participant, cause, source, at`. Returns
+        those that were new, with these columns. What failed more than a day ago is left out, the future is now."""
+        wanted: dict[tuple[str, ...], dict[str, Any]] = {}
+        for one in given:
+            key = (str(one["tenant_id"]), str(one["channel_id"]), one["jid"], one["message_id"])
+            wanted.setdefault(key, one)
+        if not wanted:
+            return []
+        ordered = [wanted[key] for key in sorted(wanted)]
+        return list(s.execute(_RECORD, {**given_rows(ordered), "reach": _REACH}).mappings())
+
+    @staticmethod
+    def weak(s: Session, tenant_id: UUID, channel_id: UUID, at: datetime) -> list[RowMapping]:
+        """Evidence from a log that names no message: one per second is kept."""
+        names = {"jid": "", "message_id": f"weak:{int(at.timestamp())}", "participant": ""}
+        row = {"tenant_id": tenant_id, "channel_id": channel_id, **names, "cause": WEAK, "source": "log", "at": at}
+        return SessionError.record(s, [row])
+
+    @staticmethod
+    def heal(s: Session, tenant_id: UUID, channel_id: UUID) -> int:
+        """Mark those healed whose messages arrived; returns how many."""
+        healed = s.execute(_HEAL, {"tenant_id": tenant_id, "channel_id": channel_id, "reach": _REACH})
+        return len(healed.all())
+
+    @staticmethod
+    def tally(
+        s: Session, tenant_id: UUID, channel_id: UUID, window: timedelta, *, since: datetime | None = None
+    ) -> Tally:
+        """The unhealed ones that count: of the last windows, or from `since` on. What came before the last incident
+        ended is that one's."""
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "window": window, "since": since, "weak": WEAK}
+        row = s.execute(_TALLY, given).mappings().one()
+        return Tally(**{name: row[name] for name in Tally._fields if name != "causes"}, causes=row["causes"] or {})
+
+    @staticmethod
+    def affected(s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, most: int) -> list[str]:
+        """The chats of the unhealed ones from `since` on, those with the most first."""
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "most": most, "weak": WEAK}
+        return list(s.scalars(_AFFECTED, given))
+
+    @staticmethod
+    def heard_since(
+        s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime, only_after: datetime
+    ) -> RowMapping:
+        """What came in after a step was made (`after`), of an incident that began at `since`:
+
+        - `errors`: unhealed ones that failed from `only_after` on, of chats that nothing was decrypted of afterwards;
+        - `decrypted`: messages of the affected contacts; `traffic`: messages of anybody.
+        """
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "after": after}
+        return s.execute(_HEARD, {**given, "only_after": only_after, "weak": WEAK}).mappings().one()
+
+
+class SessionEnd(Tenanted, Base):
+    """How often, and when last, a gateway said that a connection ended with this code (baileys-sessions.md §6)."""
+
+    __tablename__ = "session_end"
+    __table_args__ = (belongs_to("channel", "channel_id", ondelete="CASCADE"),)
+
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    code: Mapped[int] = mapped_column(primary_key=True)
+    source: Mapped[str]
+    at: Mapped[datetime]
+    times: Mapped[int] = mapped_column(server_default=text("1"))
+
+    @staticmethod
+    def note(s: Session, given: Iterable[dict[str, Any]]) -> list[RowMapping]:
+        """Write them down: rows of `tenant_id, channel_id, code, at, source`. Returns what was news."""
+        wanted: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for one in given:
+            key = (str(one["tenant_id"]), str(one["channel_id"]), one["code"])
+            if key not in wanted or wanted[key]["at"] < one["at"]:
+                wanted[key] = one
+        ordered = [wanted[key] for key in sorted(wanted)]
+        return list(s.execute(_NOTE, {**given_rows(ordered), "reach": _REACH}).mappings()) if ordered else []
+
+    @staticmethod
+    def lately(s: Session, tenant_id: UUID, channel_id: UUID, since: timedelta) -> dict[int, int]:
+        """The codes of connections that ended within that time, and how often each has in all."""
+        given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since}
+        return {row.code: row.times for row in s.execute(_LATELY, given)}
+
+
+class SessionLook(Tenanted, Base):
+    """When the fixer last looked at a session, how often it has, and what it saw."""
+
+    __tablename__ = "session_look"
+    __table_args__ = (belongs_to("channel", "channel_id", ondelete="CASCADE"),)
+
+    channel_id: Mapped[UUID] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    times: Mapped[int] = mapped_column(server_default=text("1"))
+    verdict: Mapped[str]
+
+    @staticmethod
+    def note(s: Session, tenant_id: UUID, channel_id: UUID, verdict: str) -> None:
+        s.execute(_LOOK, {"tenant_id": tenant_id, "channel_id": channel_id, "verdict": verdict})
+
+
+_RECORD = text(f"""
+    INSERT INTO session_error AS e
+        (tenant_id, channel_id, jid, message_id, participant, cause, source, at, last_at)
+    SELECT tenant_id, channel_id, jid, message_id, participant, cause, source, least(at, now()), least(at, now())
+    FROM {
+    rows(
+        tenant_id="uuid",
+        channel_id="uuid",
+        jid="text",
+        message_id="text",
+        participant="text",
+        cause="text",
+        source="text",
+        at="timestamptz",
+    )
+}
+    WHERE at > now() - CAST(:reach AS interval)
+    ORDER BY tenant_id, channel_id, jid, message_id
+    ON CONFLICT (tenant_id, channel_id, jid, message_id) DO UPDATE
+        SET times = e.times + 1, last_at = greatest(e.last_at, excluded.last_at)
+    RETURNING tenant_id, channel_id, jid, message_id, cause, at, times
+""")
+
+_HEAL = text("""
+    UPDATE session_error AS e SET healed_at = now()
+    WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
+        AND e.at > now() - CAST(:reach AS interval) - interval '1 day'
+        AND EXISTS (
+            SELECT FROM message AS m
+            WHERE m.tenant_id = e.tenant_id AND m.channel_id = e.channel_id AND m.provider_id = e.message_id
+        )
+    RETURNING 1
+""")
+
+# An open incident has its own `since`; before one is opened, what an earlier one has dealt with does not count again.
+_OPEN = """
+    SELECT jid, coalesce(nullif(participant, ''), jid) AS contact, participant <> '' AS is_group, cause, at
+    FROM session_error
+    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND healed_at IS NULL
+"""
+
+_TALLY = text(f"""
+    WITH counted AS (
+        {_OPEN} AND at >= coalesce(CAST(:since AS timestamptz), greatest(
+            now() - CAST(:window AS interval) - interval '30 minutes',
+            (SELECT max(closed_at) FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id)
+        ))
+    ), windows AS (
+        SELECT at, count(*) OVER w AS n, count(*) FILTER (WHERE cause <> :weak) OVER w AS strong
+        FROM counted WINDOW w AS (ORDER BY at RANGE BETWEEN CAST(:window AS interval) PRECEDING AND CURRENT ROW)
+    )
+    SELECT (SELECT coalesce(max(n), 0) FROM windows) AS at_once,
+        (SELECT coalesce(max(strong), 0) FROM windows) AS strong,
+        count(*) AS errors, count(DISTINCT contact) FILTER (WHERE cause <> :weak) AS contacts,
+        count(DISTINCT jid) FILTER (WHERE is_group) AS groups, min(at) AS since,
+        (SELECT jsonb_object_agg(cause, n) FROM (SELECT cause, count(*) AS n FROM counted GROUP BY cause) AS c)
+            AS causes
+    FROM counted
+""")
+
+_AFFECTED = text("""
+    SELECT jid FROM session_error
+    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND healed_at IS NULL AND at >= :since AND cause <> :weak
+    GROUP BY jid ORDER BY count(*) DESC, jid LIMIT :most
+""")
+
+# A contact may be known by a phone or a `@lid`; of a group it is the member who wrote.
+_HEARD = text("""
+    WITH incident AS (
+        SELECT *, coalesce(nullif(participant, ''), jid) AS contact FROM session_error
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at >= :since AND cause <> :weak
+    ), people AS (
+        SELECT DISTINCT i.jid, i.contact, c.contact_id FROM incident AS i
+        JOIN contact_identity AS c ON c.tenant_id = :tenant_id AND c.channel_id = :channel_id
+            AND c.value = split_part(i.contact, '@', 1)
+            AND c.kind = CASE split_part(i.contact, '@', 2) WHEN 'lid' THEN 'lid' ELSE 'phone' END
+    ), arrived AS (
+        SELECT m.contact_id, m.created_at FROM message AS m
+        WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.direction = 'in' AND m.created_at > :after
+    ), heard AS (
+        SELECT p.contact, count(*) AS n, max(a.created_at) AS last_at
+        FROM people AS p JOIN arrived AS a USING (contact_id) GROUP BY p.contact
+    )
+    SELECT (SELECT count(*) FROM arrived) AS traffic,
+        (SELECT coalesce(sum(n), 0) FROM heard)::bigint AS decrypted,
+        (SELECT count(*) FROM session_error AS e
+            LEFT JOIN heard AS h ON h.contact = coalesce(nullif(e.participant, ''), e.jid)
+            WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
+                AND e.at > :only_after AND (h.last_at IS NULL OR h.last_at < e.at)) AS errors
+""")
+
+_NOTE = text(f"""
+    INSERT INTO session_end AS e (tenant_id, channel_id, code, source, at)
+    SELECT tenant_id, channel_id, code, source, least(at, now())
+    FROM {rows(tenant_id="uuid", channel_id="uuid", code="int", source="text", at="timestamptz")}
+    WHERE at > now() - CAST(:reach AS interval)
+    ORDER BY tenant_id, channel_id, code
+    ON CONFLICT (tenant_id, channel_id, code) DO UPDATE
+        SET times = e.times + 1, at = excluded.at, source = excluded.source WHERE e.at < excluded.at
+    RETURNING tenant_id, channel_id, code
+""")
+
+_LATELY = text("""
+    SELECT code, times FROM session_end
+    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at > now() - CAST(:since AS interval)
+""")
+
+_LOOK = text("""
+    INSERT INTO session_look AS l (tenant_id, channel_id, verdict) VALUES (:tenant_id, :channel_id, :verdict)
+    ON CONFLICT (tenant_id, channel_id) DO UPDATE
+        SET at = now(), times = l.times + 1, verdict = excluded.verdict
+""")
