@@ -246,9 +246,12 @@ _COLUMNS = """
     m.due_at, m.attempts, m.tries, m.throttles, m.unknowns, m.attempt_id
 """
 
-# Until there are statistics a tenant is taken for one row, and any index that begins with it is as good as the right
-# one. So the order names the index of the line; and where a row is meant by its id, the tenant is `IS TRUE`, which no
-# index can answer: then only the policy's own, wider condition is left to stand before the id.
+# Until there are statistics a tenant is taken for one row, and also while they are of a time when each had one: any
+# index that begins with it is then as good as the right one. So what is read has an order that only the right index
+# has; of a conversation that is the whole key, and its id is not said to be equal, or the order would lose it. An
+# UPDATE has none. There, where a row is meant by its id, the tenant is `IS TRUE`, which no index can answer: then only
+# the policy's own, wider condition is left to stand before the id. That may still read the tenant once, so it is not
+# begun when there is nothing to park.
 _DUE = text(f"""
     WITH due AS (
         SELECT {_COLUMNS} FROM message AS m
@@ -266,13 +269,15 @@ _DUE = text(f"""
         ) AS first
     ), parked AS (
         UPDATE message SET due_at = NULL
-        WHERE (tenant_id = :tenant_id) IS TRUE AND id = ANY(ARRAY(SELECT id FROM behind))
+        WHERE (SELECT EXISTS (SELECT FROM behind)) AND (tenant_id = :tenant_id) IS TRUE
+            AND id = ANY(ARRAY(SELECT id FROM behind))
     )
     SELECT due.*, extract(epoch FROM now() - due.turn_at) AS waited, coalesce(c.window_until < now(), false)
         AS is_window_closed, due.id = ANY(ARRAY(SELECT id FROM behind)) AS is_behind
     FROM due CROSS JOIN LATERAL (
         SELECT window_until FROM conversation AS c
-        WHERE (c.tenant_id = due.tenant_id) IS TRUE AND c.id = due.conversation_id OFFSET 0
+        WHERE c.tenant_id = :tenant_id AND c.id BETWEEN due.conversation_id AND due.conversation_id
+        ORDER BY c.tenant_id, c.id LIMIT 1
     ) AS c
 """)
 

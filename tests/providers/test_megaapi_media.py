@@ -23,8 +23,8 @@ from providers.inline import Decoder
 from providers.link import Link
 from providers.media import FAULTS, MediaFault, Received
 from providers.megaapi_media import Answer, MegaMedia
+from tests.providers.test_guard import SOON, drips, says_nothing
 from tests.providers.test_guard import a_server as a_raw_server
-from tests.providers.test_guard import drips, says_nothing
 from tests.providers.test_megaapi import KEY, TLS, TOKEN
 
 FILE = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 100
@@ -330,7 +330,7 @@ def test_an_answer_that_is_none_has_a_reason(answer: bytes, code: str, wait: flo
 
 @pytest.mark.parametrize("says", [says_nothing, drips(b'HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{"data":"')])
 def test_silence_and_drips_end_at_the_deadline(says: Any) -> None:
-    with a_raw_server(says) as server, guard.within(0.4), pytest.raises(MediaFault) as raised:
+    with a_raw_server(says) as server, guard.within(SOON), pytest.raises(MediaFault) as raised:
         fetched(server.url)
 
     assert raised.value.code in ("timeout", "encoded")  # `x` for ever is no base64 at some time

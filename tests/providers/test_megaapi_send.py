@@ -449,7 +449,7 @@ async def hang_up(_writer: asyncio.StreamWriter) -> None:
     ],
 )
 def test_whatever_does_not_say_what_became_of_it_is_unknown(says_: bytes | Writes) -> None:
-    answer = taken_for(says_, deadline=1.0 if says_ is silence else 20)
+    answer = taken_for(says_, deadline=1.5 if says_ is silence else 20)
 
     assert (answer.outcome, answer.fault) == (Outcome.UNKNOWN, None)
     assert answer.why

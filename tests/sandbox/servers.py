@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -23,6 +24,9 @@ from sandbox.config import Channel
 
 SECRET = "app-secret-ção"
 VERIFY_TOKEN = "verify-me"
+
+# Of a client that soon goes away without an answer, but never before it has asked.
+LEAVES = httpx.Timeout(20, read=0.5)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from sandbox import client
 from sandbox.config import Channel
 from sandbox.meta import JSON
-from tests.sandbox.servers import Receiver, a_meta
+from tests.sandbox.servers import LEAVES, Receiver, a_meta
 from tests.sandbox.test_graph import CUSTOMER, a_text, accepted, refused, statuses, statuses_are_out
 
 SHOP = Channel("shop", "880011223344556", "700100200300400")
@@ -130,7 +130,7 @@ def test_a_client_that_hangs_has_to_leave(graph: httpx.Client, control: str, kin
     client.faults(control, kind, count=1)
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.post("/messages", json=a_text(), timeout=0.1)
+        graph.post("/messages", json=a_text(), timeout=LEAVES)
 
     assert fate(last_call(control)) == (outcome, None, False)
 
@@ -150,7 +150,7 @@ def test_a_dripping_answer_need_not_be_heard_out(graph: httpx.Client, control: s
     client.faults(control, "drip", ms=3_600_000, count=1)
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.post("/messages", json=a_text(), timeout=0.1)
+        graph.post("/messages", json=a_text(), timeout=LEAVES)
 
     assert fate(last_call(control)) == ("accepted", 200, False)
 
@@ -241,7 +241,7 @@ def test_a_client_may_leave_before_a_slow_answer(graph: httpx.Client, control: s
     client.faults(control, "latency", ms=3_600_000, count=1)
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.post("/messages", json=a_text(), timeout=0.1)
+        graph.post("/messages", json=a_text(), timeout=LEAVES)
 
     call = last_call(control)
     assert (call["fault"], *fate(call)) == ("latency", "accepted", None, False)
@@ -285,7 +285,7 @@ def test_two_open_calls_for_one_recipient_are_counted(control: str) -> None:
 def test_a_client_that_left_does_not_count_as_open(graph: httpx.Client, control: str) -> None:
     client.faults(control, "hang_after", count=1)
     with pytest.raises(httpx.ReadTimeout):
-        graph.post("/messages", json=a_text(), timeout=0.1)
+        graph.post("/messages", json=a_text(), timeout=LEAVES)
 
     accepted(graph.post("/messages", json=a_text()))
 

@@ -15,7 +15,7 @@ import pytest
 from sandbox import client, files, meta
 from sandbox.config import Channel
 from sandbox.meta import JSON
-from tests.sandbox.servers import Receiver, a_meta
+from tests.sandbox.servers import LEAVES, Receiver, a_meta
 from tests.sandbox.test_app import ended, only_value
 from tests.sandbox.test_graph import CUSTOMER, accepted, refused
 
@@ -602,7 +602,7 @@ def test_no_answer_comes_about_a_file(
     client.faults(control, kind)
 
     with pytest.raises(error):
-        graph.get(f"/{id_}", timeout=0.2)
+        graph.get(f"/{id_}", timeout=LEAVES)
 
     event = last(control, "resolve")
     assert (event["http"], event["answered"]) == (None, False)
@@ -771,7 +771,7 @@ def test_a_dripping_file_need_not_be_waited_for(graph: httpx.Client, control: st
     client.faults(control, "download_drip", ms=3_600_000)
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.get(file["url"], timeout=0.2)
+        graph.get(file["url"], timeout=LEAVES)
 
     assert had(control) == (0, False, "download_drip")
 
@@ -781,7 +781,7 @@ def test_a_file_stalls(graph: httpx.Client, control: str, file: JSON, more: JSON
     client.faults(control, "download_stall", **more)
     pieces: list[bytes] = []
 
-    with graph.stream("GET", file["url"], timeout=1) as got, pytest.raises(httpx.ReadTimeout):
+    with graph.stream("GET", file["url"], timeout=LEAVES) as got, pytest.raises(httpx.ReadTimeout):
         pieces.extend(got.iter_raw())
 
     assert sum(map(len, pieces)) == count
@@ -792,7 +792,7 @@ def test_a_file_never_begins(graph: httpx.Client, control: str, file: JSON) -> N
     client.faults(control, "download_hang")
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.get(file["url"], timeout=0.2)
+        graph.get(file["url"], timeout=LEAVES)
 
     assert last(control, "download")["http"] is None
 
@@ -943,7 +943,7 @@ def test_latencies_delay_and_add_up(graph: httpx.Client, control: str, file: JSO
     client.faults(control, "download_latency", ms=3_600_000, count=1)
 
     with pytest.raises(httpx.ReadTimeout):
-        graph.get(file["url"], timeout=0.2)
+        graph.get(file["url"], timeout=LEAVES)
 
     assert last(control, "download")["http"] is None
     assert graph.get(file["url"]).status_code == 200

@@ -49,10 +49,14 @@ class Gate:
     def __init__(self) -> None:
         self.asked = threading.Event()
         self._open = threading.Event()
-        self._answer = Answer()
+        self._answer: Answer | None = None
 
     def release(self, word: str = "connected") -> None:
         self._answer = Answer(body=instance(word))
+        self._open.set()
+
+    def hang_up(self) -> None:
+        """There is none, to whoever waits and whoever asks from now on."""
         self._open.set()
 
     def wait_until_asked(self) -> None:
@@ -62,6 +66,8 @@ class Gate:
         self.asked.set()
         while not self._open.is_set():  # noqa: ASYNC110 - opened by another thread
             await asyncio.sleep(0.005)
+        if self._answer is None:
+            raise ConnectionError
         return self._answer
 
 
@@ -70,11 +76,12 @@ class Gateway:
 
     def __init__(self, delay: float = 0.0) -> None:
         self.address = ""
-        self.usual: str | Answer = "connected"
+        self.usual: str | Answer | Gate = "connected"
         self.says: dict[str, str | Answer | Gate] = {}
         self.second: dict[str, str | Answer] = {}  # … to the second question
         self.delay = delay
         self.asked: Counter[str] = Counter()  # by the last part of the path
+        self.answered = 0
         self.last_asked = 0.0  # monotonic
         self.in_flight = self.most_in_flight = 0
         self.lists: list[dict[str, Any]] | None = None
@@ -98,6 +105,7 @@ class Gateway:
                     + answer.body
                 )
                 await writer.drain()
+                self.answered += 1
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass  # the other side has gone, or the test is over
         finally:
@@ -107,7 +115,7 @@ class Gateway:
         await asyncio.sleep(self.delay)
         if key == "list" and self.lists is not None:
             return Answer(body=json.dumps({"error": False, "instances": self.lists}).encode())
-        says = self.says.get(key, self.usual)
+        says: str | Answer | Gate = self.says.get(key, self.usual)
         if self.asked[key] == 2 and key in self.second:
             says = self.second[key]
         if says == HANGS:

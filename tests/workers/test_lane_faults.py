@@ -485,13 +485,44 @@ def test_a_bell_that_a_stopping_process_hears_is_left_to_the_next_one(monkeypatc
 # -- plans, and what nobody would come for ---------------------------------------------------------------------------
 
 
+READ = ("message", "conversation")  # by the statements below
+
+
 @pytest.fixture
 def unanalysed() -> Iterator[None]:
-    """Nobody gathers statistics meanwhile."""
+    """There are no statistics of what is read, whatever the tests before left, and nobody gathers any meanwhile."""
     with superuser() as connection:
-        connection.execute("ALTER TABLE message SET (autovacuum_enabled = off)")
+        for table in READ:
+            connection.execute(sql.SQL("ALTER TABLE {} SET (autovacuum_enabled = off)").format(sql.Identifier(table)))
+            connection.execute("SELECT pg_clear_relation_stats('public', %s)", [table])
+            connection.execute(
+                """
+                SELECT pg_clear_attribute_stats('public', relname, attname, false)
+                FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+                WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
+                """,
+                [table],
+            )
         yield
-        connection.execute("ALTER TABLE message RESET (autovacuum_enabled)")
+        for table in READ:
+            connection.execute(sql.SQL("ALTER TABLE {} RESET (autovacuum_enabled)").format(sql.Identifier(table)))
+            connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table)))
+
+
+def believe_in_tenants(count: int, rows: int) -> None:
+    """Statistics of a time when there were so many tenants with so many rows each."""
+    with superuser() as connection:
+        for table in READ:
+            connection.execute(
+                """
+                SELECT pg_restore_relation_stats('schemaname', 'public', 'relname', %(table)s::text,
+                    'relpages', ceil(%(all)s / 30.0)::integer, 'reltuples', %(all)s::real),
+                    pg_restore_attribute_stats('schemaname', 'public', 'relname', %(table)s::text,
+                    'attname', 'tenant_id', 'inherited', false, 'null_frac', 0::real, 'avg_width', 16,
+                    'n_distinct', -1 / %(rows)s::real, 'correlation', 1::real)
+                """,
+                {"table": table, "all": count * rows, "rows": rows},
+            )
 
 
 def many(shop: Shop, count: int, recipients: int) -> None:
@@ -536,8 +567,11 @@ def looked_at(shop: Shop, statement: Any, **values: Any) -> int:
 
 
 @pytest.mark.usefixtures("unanalysed")
-def test_the_next_of_a_long_line_are_found_without_reading_it(meta: Meta) -> None:
+@pytest.mark.parametrize("tenants", [(), (1, 1), (300, 1), (50, 20)], ids=["none", "1 x 1", "300 x 1", "50 x 20"])
+def test_the_next_of_a_long_line_are_found_without_reading_it(meta: Meta, tenants: tuple[int, ...]) -> None:
     many(meta.shop, 5_000, recipients=5_000)
+    if tenants:
+        believe_in_tenants(*tenants)
     most = 64
 
     found = looked_at(meta.shop, outgoing._DUE, channel_id=meta.shop.channel.id, most=most)
