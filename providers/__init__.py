@@ -1,5 +1,5 @@
 """The systems outside: wire format in, plain values out. `connect` picks the client for a channel, `instance` the one
-for its session, `source` the way to a file of one."""
+for its session, `gateway_of` the one that can repair that, `source` the way to a file of one."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -11,6 +11,10 @@ import httpx
 from pombal.errors import Permanent, Rejected
 from pombal.settings import settings
 from providers import guard
+from providers.baileys import Baileys, Place, Session
+from providers.baileys_media import BaileysMedia, GatewayFile
+from providers.baileys_send import BaileysSender
+from providers.gateway import Gateway
 from providers.graph import GraphSender
 from providers.graph_media import GraphMedia
 from providers.http import Clients
@@ -33,6 +37,8 @@ def connect(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Map
         return GraphSender(clients, base_url, version, number=number, token=token)
     if kind == "megaapi":
         return MegaSender(clients, *_gateway(config, secrets))
+    if kind == "baileys":
+        return BaileysSender(clients, _session(config, secrets))
     if kind == "stub":
         return StubSender()
     raise Permanent(f"nothing can be sent through a channel of kind {kind}")
@@ -42,14 +48,28 @@ def instance(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Ma
     """The instance behind a channel of this kind. Raises `Permanent` for a kind that has none."""
     if kind == "megaapi":
         return MegaApi(clients, *_gateway(config, secrets))
+    if kind == "baileys":
+        return gateway_of(kind, clients, config, secrets)
     if kind == "stub":
         return Stub()
     raise Permanent(f"a channel of kind {kind} has no instance")
 
 
+def gateway_of(kind: str, clients: Clients, config: Mapping[str, Any], secrets: Mapping[str, Any]) -> Gateway:
+    """The gateway's session behind a channel of this kind. Raises `Permanent` for a kind whose sessions nobody here
+    repairs."""
+    if kind == "baileys":
+        return Baileys(clients, _session(config, secrets))
+    raise Permanent(f"a channel of kind {kind} has no session that can be repaired")
+
+
 def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], file: Mapping[str, Any]) -> Source:
     """Where a file of a channel of this kind comes from; `file` has the columns of `media`. Raises `Permanent` for a
     kind that has no files."""
+    if kind == "baileys" and file["link"] is not None:
+        place = Place(_session(config, secrets))
+        if place.has(file["link"]):
+            return GatewayFile(_guarded(), file["link"], place.headers, sha256=file["sha256"])
     if file["link"] is not None:
         return Link(_guarded(), file["link"], sha256=file["sha256"])
     if kind == "meta":
@@ -66,7 +86,25 @@ def source(kind: str, config: Mapping[str, Any], secrets: Mapping[str, Any], fil
         )
     if kind == "megaapi" and file["keys"] is not None:
         return MegaMedia(_guarded(), *_gateway(config, secrets), file["keys"], sha256=file["sha256"])
+    if kind == "baileys" and file["keys"] is not None:
+        networks = settings().require_media_networks()
+        return BaileysMedia(_guarded(), file["keys"], sha256=file["sha256"], allowed=networks)
     raise Permanent(f"a channel of kind {kind} has no files")
+
+
+def _session(config: Mapping[str, Any], secrets: Mapping[str, Any]) -> Session:
+    """A session as its channel names it; without a host of its own it is at the operator's. That has no key that others
+    could borrow: each channel brings its own."""
+    return Session(
+        gateway=config.get("gateway", ""),
+        host=config.get("host") or settings().backend_url,
+        session=config.get("session", ""),
+        paths=config.get("paths") or {},
+        api_key=secrets.get("api_key") or "",
+        send_key=secrets.get("send_key") or "",
+        hook_url=secrets.get("hook_url") or "",
+        hook_token=secrets.get("webhook_token") or "",
+    )
 
 
 def _gateway(config: Mapping[str, Any], secrets: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from providers.inbound import Person
 
 _PERSON = re.compile(r"([0-9]{1,32})(?:_[0-9]{1,3})?(?::[0-9]{1,5})?@(s\.whatsapp\.net|c\.us|hosted|lid|hosted\.lid)")
 _GROUP = re.compile(r"([0-9][0-9-]{0,63})@g\.us")
+_SERVERS = {"phone": "s.whatsapp.net", "lid": "lid", "group": "g.us"}
 _MANY = re.compile(r"[a-z0-9.:_-]{1,128}@(broadcast|newsletter)")
 
 
@@ -44,6 +45,11 @@ def spelt(jid: Jid) -> str:
     if jid.kind == "phone":
         return jid.value
     return f"{jid.value}@{'g.us' if jid.kind == 'group' else jid.kind}"
+
+
+def address(jid: Jid) -> str:
+    """A person or group as WhatsApp writes them, without a device: one spelling for whatever `parse` takes."""
+    return f"{jid.value}@{_SERVERS[jid.kind]}"
 
 
 def person(jid: Jid, other: Jid | None = None, name: str | None = None, *, is_own_word: bool = True) -> Person:

@@ -15,9 +15,10 @@ import msgspec
 
 from providers import guard, http
 from providers.download import allowance
+from providers.gateway_calls import EDGE_WAIT, THROTTLE_WAIT, is_edge_block, json_object, wait_of
 from providers.inline import Decoder
 from providers.media import MediaFault, Received, Sink, digest_of
-from providers.megaapi import EDGE_WAIT, THROTTLE_WAIT, Place, is_edge_block, is_error, json_object, wait_of
+from providers.megaapi import Place, is_error
 
 _MOST_AROUND = 64 * 1024  # bytes of an answer that are not the file
 _KEYS = ("mediaKey", "directPath", "url", "mimetype", "messageType")

@@ -33,7 +33,8 @@ _ACKS: Mapping[str, str | None] = {
     "5": "played",
 }
 _WORDS = frozenset({*_ACKS, "sent", "delivered", "read", "played", "failed"})
-_UNDECRYPTABLE = (2, "2", "CIPHERTEXT")
+UNDECRYPTABLE = "message_undecryptable"  # the notice of a message that could not be decrypted
+_CIPHERTEXT = (2, "2", "CIPHERTEXT")
 _MAX_PARAMETERS = 20
 _MOST_STUBS = 1_000  # there are some two hundred kinds
 
@@ -44,7 +45,7 @@ class Ignored(NamedTuple):
     reason: str
 
 
-class _Key(NamedTuple):
+class Key(NamedTuple):
     """A message's key: whose chat, by whom, and its id. `given` is what a gateway needs to find it again."""
 
     id: str
@@ -72,7 +73,7 @@ def read(
         message = {"conversation": message}
     if is_ack and not message and "fromMe" not in element["key"]:  # acks are of what we sent
         element = element | {"key": element["key"] | {"fromMe": True}}
-    key = _key(element)
+    key = key_of(element)
     if isinstance(key, Ignored):
         return [key]
     update = element.get("update")
@@ -94,7 +95,7 @@ def read(
     return [_notice(path, kind, key, details, [account], at or received_at)]
 
 
-def _with_status(element: dict[str, Any], key: _Key, *, is_ack: bool, is_empty: bool) -> dict[str, Any] | None:
+def _with_status(element: dict[str, Any], key: Key, *, is_ack: bool, is_empty: bool) -> dict[str, Any] | None:
     """The object whose `status` is an ack, if there is one. A message has a status too, which says nothing new; one of
     ours without any content says nothing else."""
     update = element.get("update")
@@ -111,7 +112,7 @@ def is_ack_word(status: Any) -> bool:
     return type(status) in (int, str) and str(status).lower() in _WORDS
 
 
-def _message(path: str, key: _Key, said: Content, at: datetime | None, received_at: datetime) -> Message:
+def _message(path: str, key: Key, said: Content, at: datetime | None, received_at: datetime) -> Message:
     body = said.body | {"key": key.given}
     if at is None:
         body["pombal"] = body.get("pombal", {}) | {"odd_timestamp": True}
@@ -133,11 +134,12 @@ def ack(path: str, body: dict[str, Any], received_at: datetime) -> Status | Igno
     """An ack without a `key`: its fields lie beside each other. Raises `Rejected` without an id or a status."""
     id_ = id_of(body, "keyId") or id_of(body, "messageId") or required_id(body, "id")
     fields = {"remoteJid": body.get("remoteJid") or body.get("to"), "participant": body.get("participant"), "id": id_}
-    key = _key({"key": fields | {"fromMe": body.get("fromMe", True)}})
+    key = key_of({"key": fields | {"fromMe": body.get("fromMe", True)}})
     return key if isinstance(key, Ignored) else _ack(path, key, body.get("status"), _time(body) or received_at)
 
 
-def _key(element: dict[str, Any]) -> _Key | Ignored:
+def key_of(element: dict[str, Any]) -> Key | Ignored:
+    """The key of an element, read. Raises `Rejected` for one that cannot be understood."""
     key = element["key"]
     id_, remote = required_id(key, "id"), required_id(key, "remoteJid")
     chat = jid.parse(remote)
@@ -164,7 +166,7 @@ def _key(element: dict[str, Any]) -> _Key | Ignored:
     else:
         beside = _other(key, "remoteJidAlt", "senderPn", "senderLid")
         person = chat_person = jid.person(chat, beside, name, is_own_word=not is_ours)
-    return _Key(id_, chat, person, chat_person, author, is_ours, given)
+    return Key(id_, chat, person, chat_person, author, is_ours, given)
 
 
 def _other(key: dict[str, Any], *names: str) -> Jid | None:
@@ -174,7 +176,7 @@ def _other(key: dict[str, Any], *names: str) -> Jid | None:
     return next((one for one in found if one is not None and one.kind in ("phone", "lid")), None)
 
 
-def _ack(path: str, key: _Key, status: Any, at: datetime) -> Status | Ignored:
+def _ack(path: str, key: Key, status: Any, at: datetime) -> Status | Ignored:
     """One ack. Of a message that somebody else sent it says only what we did with it."""
     if type(status) not in (int, str) or status == "":
         raise Rejected("no status")
@@ -201,13 +203,13 @@ def _silent(element: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "message_empty", {}
     given = element.get("messageStubParameters")
     parameters = given[:_MAX_PARAMETERS] if type(given) is list else []
-    return "message_undecryptable" if stub in _UNDECRYPTABLE else "message_stub", {
+    return UNDECRYPTABLE if stub in _CIPHERTEXT else "message_stub", {
         "messageStubType": stub,
         "messageStubParameters": [one[:MAX_NAME] for one in parameters if type(one) is str],
     }
 
 
-def _notice(path: str, kind: str, key: _Key, details: dict[str, Any], told: list[Any], at: datetime) -> Notice:
+def _notice(path: str, kind: str, key: Key, details: dict[str, Any], told: list[Any], at: datetime) -> Notice:
     """Told again, at another time or for another reason, it is the same notice; `told` is what must be equal too."""
     canonical = [kind, key.given["remoteJid"], key.id, key.given.get("participant", ""), *told]
     digest = hashlib.sha256(msgspec.json.encode(canonical, order="deterministic")).digest()

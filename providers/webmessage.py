@@ -102,6 +102,17 @@ def content(message: dict[str, Any], beside: Any = None) -> Content | None:
     return _with_context(Content(name, kept({name: value})), value, beside)
 
 
+def hashes(message: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of a message's file, plain and encrypted, as its sender tells them; for who fetches it at WhatsApp."""
+    for name, value in _kinds(_unwrapped(message)):
+        if name == "protocolMessage" and type(value) is dict and type(value.get("editedMessage")) is dict:
+            value = next((inner for _, inner in _kinds(_unwrapped(value["editedMessage"]))), None)
+        if type(value) is dict and "mediaKey" in value:
+            told = {which: _base64(value.get(which)) for which in ("fileSha256", "fileEncSha256")}
+            return {which: one for which, one in told.items() if one is not None}
+    return {}
+
+
 def kept(value: dict[str, Any]) -> dict[str, Any]:
     """An object to keep as it is, but for pictures and secrets; only the names in it where it is too large for that."""
     storable(value)
