@@ -11,7 +11,8 @@ The same port answers as Graph (`sandbox.graph`): `POST /v25.0/{phone_number_id}
 and the media host below `/media/`; their journal is `/meta/media`, and files of one's own are `/meta/media-files`.
 
 It answers as one host of MegaAPI too (`sandbox.megaapi`): `/rest/…`, told what to do under `/megaapi/…`
-(`sandbox.megaapi_control`).
+(`sandbox.megaapi_control`). And as any number of Baileys gateways (`sandbox.baileys`): `/baileys/{gateway}/…`, told
+what to do under `/control/baileys/…` (`sandbox.baileys_control`).
 """
 
 import argparse
@@ -39,8 +40,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox import files, megaapi_control, meta
+from sandbox import baileys_control, files, megaapi_control, meta
 from sandbox.answers import Protocol
+from sandbox.baileys import Baileys
 from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
 from sandbox.control import Refused, after_of, limit_of, read_body, shown
 from sandbox.faults import SetFault
@@ -481,6 +483,7 @@ ROUTES = [
     Route("/meta/media-files", add_media_file, methods=["POST"]),
     Route("/meta/media-files", clear_media_files, methods=["DELETE"]),
     *megaapi_control.ROUTES,
+    *baileys_control.ROUTES,
 ]
 
 
@@ -557,6 +560,8 @@ class Service(Starlette):
             await self.state.graph.serve(scope, receive, send)
         elif scope["type"] == "http" and self.state.megaapi.is_asked(scope["path"]):
             await self.state.megaapi.serve(scope, receive, send)
+        elif scope["type"] == "http" and self.state.baileys.is_asked(scope["path"]):
+            await self.state.baileys.serve(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
@@ -574,7 +579,8 @@ def create_app(config_path: str | Path) -> Starlette:
         async with Sender() as app.state.sender:
             app.state.graph = Graph(app.state.config, app.state.sender)
             app.state.megaapi = MegaApi(app.state.config)
-            async with app.state.graph.running(), app.state.megaapi.running():
+            app.state.baileys = Baileys(app.state.config)
+            async with app.state.graph.running(), app.state.megaapi.running(), app.state.baileys.running():
                 yield
             for run in app.state.runs.values():
                 await run.cancel()
@@ -614,7 +620,8 @@ def _http_error(request: Request, error: Any) -> JSONResponse:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; what is pending then is dropped. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sandbox", description="A small Meta and MegaAPI: webhooks out, messages in.")
+    about = "A small Meta, MegaAPI and Baileys: webhooks out, messages in."
+    parser = argparse.ArgumentParser(prog="sandbox", description=about)
     parser.add_argument("--port", type=int, default=9010, help="control port (9010)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
     parser.add_argument("--config", type=Path, required=True, help="JSON file with apps, channels and instances")

@@ -267,6 +267,176 @@ def mega_journal(control_url: str, *, limit: int = 50) -> JSON:
     return _call("GET", control_url, _with_query("/megaapi/journal", limit=limit))
 
 
+# Baileys gateways, as told in `sandbox.baileys_control`
+
+
+def baileys_gateways(control_url: str) -> JSON:
+    """The gateways, their sessions and how those stand."""
+    return _call("GET", control_url, "/control/baileys/gateways")
+
+
+def baileys_add(control_url: str, name: str, dialect: str, **more: Any) -> JSON:
+    """One more; `more` are the other keys of a gateway in the configuration."""
+    return _call("POST", control_url, "/control/baileys/gateways", name=name, dialect=dialect, **more)
+
+
+def baileys_remove(control_url: str, gateway: str | None = None, session: str | None = None) -> JSON:
+    """There is no such session, or gateway, any more; without names, none at all."""
+    return _call("DELETE", control_url, _with_query("/control/baileys/gateways", gateway=gateway, session=session))
+
+
+def baileys_add_session(
+    control_url: str,
+    gateway: str,
+    session: str,
+    *,
+    webhook_token: str | None = None,
+    token_in_header: bool = False,
+    **more: Any,
+) -> JSON:
+    """A number at this gateway; `more` are the other keys of a session in the configuration.
+
+    The token goes with each webhook: in its query, or as an `x-api-key` in a header.
+    """
+    url = more.get("webhook_url")
+    if webhook_token is not None and token_in_header:
+        more["webhook_header"] = {"x-api-key": webhook_token, **more.get("webhook_header", {})}
+    elif webhook_token is not None and url is not None:
+        more["webhook_url"] = str(httpx.URL(url).copy_merge_params({"token": webhook_token}))
+    return _call("POST", control_url, "/control/baileys/sessions", gateway=gateway, session=session, **more)
+
+
+def baileys_session(control_url: str, gateway: str, session: str) -> JSON:
+    """How one stands, and how often it was started, stopped and asked for a code."""
+    return _call("GET", control_url, _with_query("/control/baileys/session", gateway=gateway, session=session))
+
+
+def baileys_habits(control_url: str, gateway: str, session: str | None = None, **habits: Any) -> JSON:
+    """What this session, or all of the gateway's, do wrong from now on; of `down` None is a value."""
+    given = {"gateway": gateway, **({} if session is None else {"session": session}), **habits}
+    return _ask("POST", control_url, "/control/baileys/habits", given)
+
+
+def baileys_end(control_url: str, gateway: str, session: str, code: int, *, reconnects: bool | None = None) -> JSON:
+    """The connection ends with this code."""
+    given = {"gateway": gateway, "session": session, "code": code, "reconnects": reconnects}
+    return _call("POST", control_url, "/control/baileys/end", **given)
+
+
+def baileys_scan(control_url: str, gateway: str, session: str) -> JSON:
+    """Somebody scans the code: a new pairing."""
+    return _call("POST", control_url, "/control/baileys/scan", gateway=gateway, session=session)
+
+
+def baileys_unpair(control_url: str, gateway: str, session: str) -> JSON:
+    """WhatsApp removes the device."""
+    return _call("POST", control_url, "/control/baileys/unpair", gateway=gateway, session=session)
+
+
+def baileys_twin(control_url: str, gateway: str, session: str, running: bool = True, *, every: float = 0.5) -> JSON:
+    """Another process has the same credentials, or is told to stop."""
+    given = {"gateway": gateway, "session": session, "running": running, "every": every}
+    return _call("POST", control_url, "/control/baileys/twin", **given)
+
+
+def baileys_break(control_url: str, gateway: str, session: str, what: str, **more: Any) -> JSON:
+    """Keys are lost or wrong, as after a crash; `more` are `contacts` and `group`."""
+    return _call("POST", control_url, "/control/baileys/break", gateway=gateway, session=session, what=what, **more)
+
+
+def baileys_storm(control_url: str, gateway: str, session: str, kind: str, **plan: Any) -> JSON:
+    """Something breaks and messages go on coming; `plan` are the other keys of `POST /control/baileys/storms`."""
+    return _call("POST", control_url, "/control/baileys/storms", gateway=gateway, session=session, kind=kind, **plan)
+
+
+def baileys_storms(control_url: str) -> JSON:
+    """What became of the messages of each storm."""
+    return _call("GET", control_url, "/control/baileys/storms")
+
+
+def baileys_storm_progress(control_url: str, id: int) -> JSON:
+    """What became of the messages of this one."""
+    found: JSON = _call("GET", control_url, _with_query("/control/baileys/storms", id=id))["storms"][0]
+    return found
+
+
+def baileys_stop_storm(control_url: str, id: int | None = None) -> JSON:
+    """No more messages of this storm, or of any."""
+    return _call("DELETE", control_url, _with_query("/control/baileys/storms", id=id))
+
+
+def baileys_say(
+    control_url: str,
+    gateway: str,
+    session: str,
+    text: str | None = None,
+    *,
+    kind: str | None = None,
+    from_: str | None = None,
+    **more: Any,
+) -> JSON:
+    """A message comes in; `more` are the other keys of `POST /control/baileys/say`."""
+    given = {"gateway": gateway, "session": session, "text": text, "kind": kind, "from": from_, **more}
+    return _call("POST", control_url, "/control/baileys/say", **given)
+
+
+def baileys_ack(control_url: str, gateway: str, session: str, id: str, status: int, **more: Any) -> JSON:
+    """How far a message has come, in Baileys' numbers; `more` are `to` and `participant`."""
+    given = {"gateway": gateway, "session": session, "id": id, "status": status, **more}
+    return _call("POST", control_url, "/control/baileys/ack", **given)
+
+
+def baileys_connection(control_url: str, gateway: str, session: str, **more: Any) -> JSON:
+    """A webhook says how it stands; `more` are `code` and `quarantine`."""
+    return _call("POST", control_url, "/control/baileys/connection", gateway=gateway, session=session, **more)
+
+
+def baileys_raw(control_url: str, gateway: str, session: str, **content: Any) -> JSON:
+    """Any bytes to its webhook, given as `body` or `base64`, with a `content_type`."""
+    return _call("POST", control_url, "/control/baileys/raw", gateway=gateway, session=session, **content)
+
+
+def baileys_log(control_url: str, gateway: str, action: str, **more: Any) -> JSON:
+    """Something happens to the log, or in it; `more` are `session`, `count`, `lines` and `plan`."""
+    return _call("POST", control_url, "/control/baileys/log", gateway=gateway, action=action, **more)
+
+
+def baileys_rules(control_url: str, gateway: str | None = None, **rules: Any) -> JSON:
+    """Change what follows a message; None is a value here. Answers the rules that hold."""
+    given = rules if gateway is None else {"gateway": gateway, **rules}
+    return _ask("POST", control_url, "/control/baileys/rules", given)
+
+
+def baileys_faults(control_url: str, kind: str | None = None, **more: Any) -> JSON:
+    """Let something of this kind go wrong; `more` are the other keys of `POST /control/baileys/faults`."""
+    return _call("POST" if kind else "GET", control_url, "/control/baileys/faults", **more, kind=kind)
+
+
+def baileys_clear_faults(control_url: str) -> JSON:
+    """Nothing goes wrong any more."""
+    return _call("DELETE", control_url, "/control/baileys/faults")
+
+
+def baileys_calls(control_url: str, *, limit: int = 100_000, **only: Any) -> JSON:
+    """What was asked, newest last, and counts; `only` are `gateway`, `session`, `operation` and `after`."""
+    return _call("GET", control_url, _with_query("/control/baileys/calls", limit=limit, **only))
+
+
+def baileys_clear_calls(control_url: str) -> JSON:
+    """Forget them, and what was done to folders."""
+    return _call("DELETE", control_url, "/control/baileys/calls")
+
+
+def baileys_touches(control_url: str, gateway: str | None = None, session: str | None = None) -> JSON:
+    """Files of sessions' folders that somebody deleted, changed or added."""
+    return _call("GET", control_url, _with_query("/control/baileys/touches", gateway=gateway, session=session))
+
+
+def baileys_journal(control_url: str, *, limit: int = 50) -> JSON:
+    """The latest webhooks."""
+    return _call("GET", control_url, _with_query("/control/baileys/journal", limit=limit))
+
+
 def health(control_url: str) -> JSON:
     """Whether it is alive, and its channels."""
     return _call("GET", control_url, "/health")

@@ -1,4 +1,4 @@
-"""Which apps, channels and instances the sandbox plays Meta and MegaAPI for, read from a JSON file.
+"""Which apps, channels, instances and gateways the sandbox plays, read from a JSON file.
 
     {"apps": [{"url": "http://127.0.0.1:8000/webhooks/whatsapp", "app_secret": "…", "verify_token": "…",
                "channels": [{"name": "demo-meta", "phone_number_id": "…", "waba_id": "…",
@@ -12,15 +12,24 @@ will do to send); `templates` (then any template exists), and their status and c
                 "status": "connected", "number": "5511955550200", "webhook_url": "…"}]}
 
 Names and keys of instances are unique in the file. What may be left out: `host_token` (then the list is for nobody),
-`status` (any word), `number`, and `webhook_url` until it is set through the API.
+`status` (any word), `number`, and `webhook_url` until it is set through the API. And Baileys gateways:
+
+    "baileys": {"root": "/folder/of/session/folders", "gateways": [{"name": "demo", "dialect": "evolution",
+                "api_key": "…", "log": "/file.log", "sessions": [{"session": "demo-baileys", "webhook_url": "…"}]}]}
+
+`root` may be left out (then it is a folder for the time being), and whatever `BaileysGateway` and `BaileysSession`
+have a value for.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import httpx
 import msgspec
+from msgspec import Meta
 
+from sandbox.baileys_words import Dialect
 from sandbox.meta import Number
 
 
@@ -75,9 +84,72 @@ class MegaHost(msgspec.Struct, frozen=True):
     instances: tuple[MegaInstance, ...] = ()
 
 
+SessionName = Annotated[str, Meta(pattern=r"^\+?[A-Za-z0-9_-]{1,64}$")]
+LogFormat = Literal["pino", "pretty", "docker", "compose", "pm2", "docker+pretty", "compose+pretty", "pm2+pretty"]
+"""See `sandbox.baileys_log`."""
+
+GatewayName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class BaileysSession(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One number at a Baileys gateway.
+
+    session         the gateway's id of it; fazer-ai's is the number with a plus
+    webhook_header  sent with each webhook
+    verify_token    fazer-ai's, which is in each body
+    paired, open    how it is at the start; a folder that has credentials already keeps them
+    contacts        so many are known already, each with a session file
+    pre_keys        so many are handed out
+    """
+
+    session: SessionName
+    name: str = "Loja"
+    number: Annotated[str, Meta(pattern=r"^[0-9]{5,20}$")] = "5511955550300"
+    webhook_url: Annotated[str, Meta(pattern=r"^https?://[!-~]+$")] | None = None
+    webhook_header: dict[str, str] = {}
+    verify_token: str | None = None
+    paired: bool = True
+    open: bool = True
+    contacts: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    pre_keys: Annotated[int, Meta(ge=1, le=1_000)] = 30
+
+
+class BaileysGateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One gateway process.
+
+    root           the folder that has its sessions' folders; else one of the host's
+    version        of Baileys
+    log…           as in `sandbox.baileys_log.LogPlan`; without a file nothing is logged
+    session_field  under which name a log record tells its session
+    paths          more paths of calls, such as {"refresh_contact": "POST /fresh/{session}/{jid}"}
+    """
+
+    name: GatewayName
+    dialect: Dialect
+    api_key: Annotated[str, Meta(min_length=1, max_length=1_000)] = "baileys-key"
+    root: str | None = None
+    version: Literal["6", "7"] = "7"
+    log: str | None = None
+    log_format: LogFormat = "pino"
+    log_level: Literal[30, 40, 50] = 30
+    session_field: str | None = None
+    iso_time: bool = False
+    log_prefix: str = ""
+    paths: dict[str, str] = {}
+    sessions: tuple[BaileysSession, ...] = ()
+
+
+class BaileysHost(msgspec.Struct, frozen=True):
+    """All gateways; their sessions' folders are `root`/gateway/session."""
+
+    root: str | None = None
+    gateways: tuple[BaileysGateway, ...] = ()
+
+
 class Config(msgspec.Struct, frozen=True):
     apps: tuple[App, ...] = ()
     megaapi: MegaHost = MegaHost()
+    baileys: BaileysHost = BaileysHost()
 
     def by_channel(self) -> dict[str, tuple[App, Channel]]:
         return {channel.name: (app, channel) for app in self.apps for channel in app.channels}
@@ -124,6 +196,9 @@ def _parse(raw: bytes) -> Config:
     for i, instance in enumerate(instances):
         if instance.webhook_url is not None:
             _check_url(instance.webhook_url, f"megaapi.instances[{i}].webhook_url")
+    gateways = [gateway.name for gateway in config.baileys.gateways]
+    if len(set(gateways)) < len(gateways):
+        raise ConfigError("baileys.gateways: a name is listed twice")
     return config
 
 

@@ -143,3 +143,32 @@ def megaapi_fits(kind: str, at: str) -> bool:
     if kind in ("missing_instance", "absent"):
         return at == ("status" if kind == "missing_instance" else "entry")
     return at != "entry" and (kind, at) != ("huge", "media")  # that is `huge_base64`
+
+
+BAILEYS_PLACES = (
+    *("list", "state", "qr", "start", "stop", "restart", "logout", "reset", "health", "hook", "set_hook"),
+    *("refresh_contact", "send", "read", "file"),
+)
+"""What a Baileys gateway is asked for."""
+
+BAILEYS_KINDS = {
+    **{kind: does for kind, does in MEGAAPI_ANYWHERE.items() if kind not in ("error_true", "html403")},
+    "http408": "not done; 408 in JSON",
+    "http409": "not done; 409 in JSON",
+    "http422": "not done; 422 in JSON",
+    "http503": "not done; 503 in JSON",
+    "wrong_json": "done; the answer is JSON of another shape",
+}
+
+BAILEYS_STORMS = {
+    "retry": "no session record; each message comes again, decrypted",
+    "prekey": "pre-keys are gone; a start of the socket heals",
+    "ratchet": "few contacts went on without us; a fresh session from our side heals, or their files dropped",
+    "derived": "many contacts did; only their files dropped while the socket is stopped heal",
+    "sender_key": "a group's sender keys are wrong; dropping them while the socket is stopped heals",
+    "identity": "credentials of another state; the right ones put back heal, or a person",
+    "version": "each start ends with 405; nothing heals",
+    "twin": "another process has the same credentials: 440 until it is told to stop",
+    "logged_out": "the device was removed: 401, and a code after that",
+    "duplicate": "messages are delivered twice; there is nothing to heal",
+}

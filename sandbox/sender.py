@@ -22,12 +22,17 @@ SEVEN_DAYS = 7 * 24 * 3600.0
 
 
 class Post(NamedTuple):
-    """One body on its way to one URL; `once` is for bodies that are meant to be refused and not sent again."""
+    """One body on its way to one URL.
+
+    once   for bodies that are meant to be refused and not sent again
+    final  statuses after which this provider does not send again
+    """
 
     url: str
     raw: bytes
     headers: dict[str, str]
     once: bool = False
+    final: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -135,7 +140,7 @@ class Sender:
             if delivery.status == 200:
                 delivery.accepted_at = time.time()
                 return
-            if post.once or time.monotonic() + delay > last_try:
+            if post.once or delivery.status in post.final or time.monotonic() + delay > last_try:
                 return
             if delivery.attempts == 1:
                 log.warning("delivery %s refused, status %s, sending again", delivery.id, delivery.status)

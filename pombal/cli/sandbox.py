@@ -193,6 +193,102 @@ def mega_faults(given: Namespace) -> int:
     return _faults_told(_asked(client.mega_faults, given)["faults"], given)
 
 
+# Baileys gateways
+
+
+def baileys_sessions(given: Namespace) -> int:
+    """All sessions of all gateways."""
+    from sandbox import client
+
+    gateways = _asked(client.baileys_gateways, given)["gateways"]
+    rows = []
+    for one in gateways:
+        rows += [{"gateway": one["name"], "dialect": one["dialect"], **session} for session in one["sessions"]]
+    if given.json:
+        as_json(rows)
+        return 0
+    columns = ("gateway", "dialect", "session", "state", "word", "number", "waiting", "starts", "stops", "qrs")
+    table([{column: row[column] for column in columns} for row in rows], empty="there is no session")
+    return 0
+
+
+def baileys_say(given: Namespace) -> int:
+    """A message from a demo customer; prints its id, so that `pombal trace` finds it."""
+    from sandbox import client
+
+    more = {"group": given.group, "from_me": given.from_me or None, "stub": given.stub, "from_": given.from_}
+    where = (given.gateway, given.session, given.text)
+    answer = _asked(lambda url: client.baileys_say(url, *where, kind=given.kind, **more), given)
+    return _delivered(" ".join(answer["ids"]), answer)
+
+
+def baileys_storm(given: Namespace) -> int:
+    """Begin one, tell how those that were begun go on, or stop them."""
+    from sandbox import client
+
+    if given.stop:
+        _asked(client.baileys_stop_storm, given)
+    if given.kind:
+        plan = {name: getattr(given, name) for name in ("contacts", "messages", "pace", "then_every", "also", "group")}
+        _asked(lambda url: client.baileys_storm(url, given.gateway, given.session, given.kind, **plan), given)
+    found = _asked(client.baileys_storms, given)["storms"]
+    if given.json:
+        as_json(found)
+        return 0
+    names = ("id", "gateway", "session", "kind", "state", "sent")
+    counted = ("failed", "healed", "decrypted")
+    rows = [{name: one[name] for name in names} | {name: len(one[name]) for name in counted} for one in found]
+    table(rows, empty="there was no storm")
+    return 0
+
+
+def baileys_end(given: Namespace) -> int:
+    """A connection ends with this code."""
+    from sandbox import client
+
+    answer = _asked(lambda url: client.baileys_end(url, given.gateway, given.session, given.code), given)
+    tell(f"{given.session} is {answer['state']}")
+    return 0
+
+
+def baileys_scan(given: Namespace) -> int:
+    """Somebody scans the code."""
+    from sandbox import client
+
+    _asked(lambda url: client.baileys_scan(url, given.gateway, given.session), given)
+    tell(f"{given.session} is paired anew")
+    return 0
+
+
+def baileys_calls(given: Namespace) -> int:
+    """The latest ones, newest last."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.baileys_clear_calls, given)
+    only = {"limit": given.limit, "operation": given.operation}
+    found = _asked(lambda url: client.baileys_calls(url, **only), given)["calls"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("n", "gateway", "session", "operation", "to", "outcome", "reason", "http", "answered", "fault", "id")
+    table([{column: call[column] for column in columns} for call in found], empty="nothing was asked")
+    return 0
+
+
+def baileys_faults(given: Namespace) -> int:
+    """Set one, or list them."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.baileys_clear_faults, given)
+    if given.kind:
+        names = ("place", "gateway", "session", "share", "count", "seconds", "http", "ms", "message", "retry_after")
+        more = {name: getattr(given, name) for name in names}
+        _asked(lambda url: client.baileys_faults(url, given.kind, **more), given)
+    return _faults_told(_asked(client.baileys_faults, given)["faults"], given)
+
+
 def _delivered(told: str, answer: dict[str, Any]) -> int:
     if answer["delivery"] is None:
         tell(f"{told}  no webhook is set")
@@ -209,7 +305,7 @@ def _faults_told(found: list[dict[str, Any]], given: Namespace) -> int:
         {
             "id": fault["id"],
             "kind": fault["kind"],
-            "channel": fault.get("channel") or fault.get("instance") or "all",
+            "channel": fault.get("channel") or fault.get("instance") or fault.get("session") or "all",
             "met": fault["met"],
             "more": " ".join(
                 f"{k}={v}" for k, v in fault.items() if k not in ("id", "kind", "channel", "instance", "met")
