@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import ChannelStatus, Hold, Lane, Media, standing
+from models import ChannelStatus, Hold, Lane, Media, Repair, RepairPause, standing
 from models.lane import LaneState
 from models.sync_report import LEASE
 from pombal import db, metrics
@@ -143,6 +143,7 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
     if lag is not None:
         yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
     yield from _standings(s)
+    yield from _repairs(s)
     letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
     known = broker.get_declared_actors()
     samples: dict[str, float] = dict.fromkeys(sorted(known), 0)  # so that a first one is seen to come
@@ -175,6 +176,20 @@ def _standings(s: Session) -> Iterator[metrics.Family]:
             "Time since a round over all channels' states ended; before the first, since there are such channels.",
             [({}, float(age))],
         )
+
+
+def _repairs(s: Session) -> Iterator[metrics.Family]:
+    states, pauses = Repair.in_states(s), RepairPause.counts(s)
+    yield metrics.gauge(
+        "pombal_repair_incidents",
+        "Sessions with an incident; stopped: in the middle of a step, perhaps without a socket; waiting: for a person.",
+        [({"state": name}, float(states.get(name, 0))) for name in ("open", "stopped", "waiting")],
+    )
+    yield metrics.gauge(
+        "pombal_repairs_paused",
+        "Pauses of repairs, of all and of single channels.",
+        [({"kind": kind}, float(count)) for kind, count in pauses.items()],
+    )
 
 
 _SYNC_AGE = text("""

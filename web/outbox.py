@@ -431,7 +431,7 @@ class Flush:
             found = channel_named(own, draft.ask.channel) if draft.ask.channel is not None else default_channel(own)
             if isinstance(found, Failure):
                 yield draft, found
-            elif failure := kinds.refusal(found.kind, draft.ask):
+            elif failure := kinds.refusal(found.kind, draft.ask, found.gateway):
                 yield draft, failure
             else:
                 draft.channel_id, draft.provider = found.id, found.kind
@@ -590,7 +590,12 @@ def channels_of(s: Session, wanted: set[tuple[UUID, str | None]]) -> dict[UUID, 
             with contextlib.suppress(ValueError):
                 ids.append((tenant_id, UUID(name)))
     query = select(
-        Channel.tenant_id, Channel.id, Channel.kind, Channel.name, Channel.config["default"].label("default")
+        Channel.tenant_id,
+        Channel.id,
+        Channel.kind,
+        Channel.name,
+        Channel.config["default"].label("default"),
+        Channel.config["gateway"].label("gateway"),
     ).where(
         or_(
             tuple_(Channel.tenant_id, Channel.id).in_(ids),

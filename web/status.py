@@ -16,6 +16,7 @@ from pombal import db
 from web.errors import Failure
 from web.signatures import caller, refused
 
+_OPERATORS = ("auth",)  # settings that tell of the operator's own machines
 _ROUND = timedelta(seconds=75)  # that a round takes at most
 
 
@@ -64,7 +65,7 @@ def _shown(
         "id": str(row.id),
         "kind": row.kind,
         "name": row.name,
-        **row.config,
+        **{name: value for name, value in row.config.items() if name not in _OPERATORS},
         "has_secrets": row.sealed is not None,
         **_standing(row, synced_at),
         "sending": _sending(lane),

@@ -16,6 +16,7 @@ from pombal import db
 from web.remembered import Remembered
 
 _HEADER = b"x-webhook-token"
+_BAILEYS_HEADERS = (_HEADER, b"x-api-key")
 
 
 class Door(NamedTuple):
@@ -33,6 +34,10 @@ class Door(NamedTuple):
         matches = [hmac.compare_digest(given, name) for name in names]
         return any(matches)
 
+    def is_of(self, channel: str) -> bool:
+        """Whether this channel, named by its id, is the token's own."""
+        return hmac.compare_digest(channel.encode("utf-8", "surrogateescape"), str(self.channel_id).encode())
+
 
 class Tokens:
     """The doors behind tokens, by their hashes."""
@@ -49,8 +54,18 @@ class Tokens:
 
 def presented(request: Request) -> str | None:
     """The token of a request; None when it has none or several, in its URL and its header together."""
-    given = request.query_params.getlist("token")
-    given += [value.decode("latin-1") for name, value in request.scope["headers"] if name == _HEADER]
+    return _only(request.query_params.getlist("token"), request, (_HEADER,))
+
+
+def presented_to_baileys(request: Request) -> str | None:
+    """The same, or as `x-api-key`. Evolution, told to name its events in the path, writes them behind the whole URL:
+    `?token=…/messages-upsert`; no token has a slash."""
+    given = [token.partition("/")[0] for token in request.query_params.getlist("token")]
+    return _only(given, request, _BAILEYS_HEADERS)
+
+
+def _only(given: list[str], request: Request, headers: tuple[bytes, ...]) -> str | None:
+    given += [value.decode("latin-1") for name, value in request.scope["headers"] if name in headers]
     return given[0] if len(given) == 1 and given[0] else None
 
 

@@ -18,13 +18,15 @@ from pombal.errors import Unreachable
 from web.errors import Failure
 from web.inbox import Inbox
 from web.limits import Quota
+from web.masked import without_secrets
 from web.signatures import Apps, AppSecrets, MiB, is_token, read_body, signer
-from web.tokens import Tokens, presented
+from web.tokens import Tokens, presented, presented_to_baileys
 
 _log = log.get()
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _META_LIMIT = 4 * MiB  # Meta sends up to 3 MB (whatsapp-cloud-api.md §4)
 _GATEWAY_LIMIT = 1 * MiB  # one message each, its file left out (megaapi.md, "Webhooks")
+_BAILEYS_LIMIT = 4 * MiB  # of some gateways a file may come inside
 _rejections = Quota(per_second=10)
 
 
@@ -65,6 +67,25 @@ async def megaapi(request: Request) -> Response:
             raise Failure(401, "UNAUTHORIZED", "the token does not match")
         inbox: Inbox = request.state.inbox
         id_ = await inbox.accept("megaapi", raw, request.scope["request_id"], channel_id=door.channel_id)
+        line |= {"delivery_id": str(id_), "channel_id": str(door.channel_id), "bytes": len(raw)}
+    return PlainTextResponse("EVENT_RECEIVED")
+
+
+async def baileys(request: Request) -> Response:
+    """A Baileys gateway delivers what one session of it heard, proven by the token of its channel: in the URL, in
+    `x-webhook-token` or in `x-api-key`. Gateways that name the event at the end of the path may.
+
+    A missing, wrong or repeated token, a channel that does not exist and one that the token is not of: the same 401.
+    """
+    with _received(request, "baileys", refused="bad_token") as line:
+        tokens: Tokens = request.state.tokens
+        door = await tokens.door(presented_to_baileys(request))
+        raw = await read_body(request, _BAILEYS_LIMIT)
+        if door is None or not door.is_of(request.path_params["channel"]):
+            raise Failure(401, "UNAUTHORIZED", "the token does not match")
+        inbox: Inbox = request.state.inbox
+        kept = without_secrets(raw)
+        id_ = await inbox.accept("baileys", kept, request.scope["request_id"], channel_id=door.channel_id)
         line |= {"delivery_id": str(id_), "channel_id": str(door.channel_id), "bytes": len(raw)}
     return PlainTextResponse("EVENT_RECEIVED")
 

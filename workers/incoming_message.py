@@ -7,7 +7,8 @@ effect commutes (architecture.md, decisions 2 to 4).
 The steps: claim (its own commit, so that a body that kills the process leaves a trace) → parse → effects and verdicts
 in one commit, fenced by the claim. A batch that fails for a reason of its own is run again with the bad rows bisected
 out under savepoints; those go on as jobs of their own, through retries to the dead letters. What an unsigned gateway
-says of its connection is not believed: `status_sync` asks it (security-reliability.md S6).
+says of its connection is not believed: `status_sync` asks it (security-reliability.md S6). What it could not decrypt is
+noted for `session_fixer`.
 """
 
 import threading
@@ -29,7 +30,7 @@ from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent, Rejected
 from pombal.ids import born
 from pombal.middleware import GivenUp, bell_may_be_lost, cause, is_store_trouble
-from providers import inbound, megaapi_webhook, meta
+from providers import baileys_webhook, inbound, megaapi_webhook, meta
 from workers._effects import Settled, Stored, apply_items
 from workers.download_media import ring_new
 
@@ -134,6 +135,7 @@ def process(claimed: list[RowMapping], token: UUID) -> None:
         raise
     ring_new([(m.tenant_id, m.media_id) for reading in batch for m in reading.stored if m.media_id])
     ask_about({channel for reading in batch if reading not in bad for channel in reading.told})
+    ring_fixers(batch[0].ailing)
     report(batch, bad, time.monotonic() - began)
     for reading in bad:
         incoming_message.send([str(reading.id)])
@@ -158,7 +160,7 @@ def process_suspect(id_: UUID, token: UUID) -> None:
     _log.error("job_dead", delivery_id=str(id_), request_id=row["request_id"], error=reason)
 
 
-PARSERS = {"meta": meta.parse, "megaapi": megaapi_webhook.parse}
+PARSERS = {"meta": meta.parse, "megaapi": megaapi_webhook.parse, "baileys": baileys_webhook.parse}
 
 
 class Reading:
@@ -176,6 +178,7 @@ class Reading:
         self.told: set[UUID] = set()  # channels whose connection it says something of
         self.stored: list[Stored] = []
         self.settled: list[Settled] = []  # by all that were applied with this one, which is the first of them
+        self.ailing: set[tuple[UUID, UUID]] = set()  # sessions that these have bad news of, by tenant and channel
         try:
             self.parsed = PARSERS[row["provider"]](row["raw"], row["received_at"])
         except Rejected as error:
@@ -230,6 +233,7 @@ def commit(batch: list[Reading], token: UUID, how: "Apply") -> list[Reading]:
                 DeadLetter.record(s, [row for reading in good for row in reading.letters])
                 Delivery.finish(s, {reading.id: reading.verdict() for reading in good}, token)
                 Delivery.set_apart(s, [reading.id for reading in bad], token)
+                batch[0].ailing = note_failures(s, good, routes)
             return bad
         except Exception as error:
             if not db.is_worth_rerunning(error) or attempt == _RERUNS:
@@ -259,6 +263,31 @@ def apply_together(s: Session, batch: list[Reading], routes: "Routes") -> list[R
         reading.stored.append(message)
     batch[0].settled = settled
     return []
+
+
+_OF_AN_ERROR = ("jid", "message_id", "participant", "cause", "at")
+
+
+def note_failures(s: Session, good: list[Reading], routes: "Routes") -> set[tuple[UUID, UUID]]:
+    """Write down what gateways could not decrypt and how their connections ended, after all else that is locked;
+    returns the sessions to ring for after the commit."""
+    errors: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    for reading in good:
+        for change in reading.parsed.changes:
+            bad_news = [item for item in change.items if isinstance(item, inbound.Undecrypted | inbound.Ended)]
+            for place in routes.of(reading, change) if bad_news else ():
+                names = {"tenant_id": place.tenant_id, "channel_id": place.channel_id, "source": "webhook"}
+                for item in bad_news:
+                    if isinstance(item, inbound.Undecrypted):
+                        errors.append(names | {name: getattr(item, name) for name in _OF_AN_ERROR})
+                    else:
+                        ends.append(names | {"code": item.code, "at": item.at})
+    if not errors and not ends:
+        return set()
+    from workers.session_fixer import take_note  # here, since few bodies are of a failure
+
+    return take_note(s, errors, ends)
 
 
 def apply_isolated(s: Session, batch: list[Reading], routes: "Routes") -> list[Reading]:
@@ -416,6 +445,16 @@ def ask_about(channels: set[UUID]) -> None:
     with bell_may_be_lost("status_checks_not_rung", channels=len(channels)):
         for channel_id in sorted(channels):
             status_check.send(str(channel_id))
+
+
+def ring_fixers(sessions: set[tuple[UUID, UUID]]) -> None:
+    """Something is wrong with these sessions: have the fixer look at them."""
+    if not sessions:
+        return
+    from workers.session_fixer import ring_fixer  # here, since few bodies are of a failure
+
+    for tenant_id, channel_id in sorted(sessions):
+        ring_fixer(tenant_id, channel_id)
 
 
 def delivery_letter(row: RowMapping, reason: str, tenant: UUID | None, path: str | None = None) -> dict[str, Any]:

@@ -254,3 +254,23 @@ def test_a_message_of_a_disconnected_channel_waits_and_says_so(web: Web) -> None
     waiting = customer.looks(id_)["waiting"]
     assert (waiting["reason"], waiting["hold"], waiting["code"]) == ("hold", "disconnected", "disconnected")
     assert (waiting["next_probe_at"], bool(waiting["since"])) == (None, True)  # nothing probes it
+
+
+@pytest.mark.parametrize(
+    ("gateway", "given", "field"),
+    [
+        ("evolution", ask("image", {"link": "https://example.com/a.png", "caption": "x"}), None),
+        ("whaticket", ask("image", {"link": "https://example.com/a.png"}), "$.image.link"),
+        ("ticketz", ask("image", {"media_id": A_FILE, "caption": "x"}), "$.image.caption"),
+        ("whaticket", ask(to=GROUP), "$.to"),
+        ("ticketz", ask(to=GROUP), None),
+        ("fazer", ask("location"), "$.type"),
+        ("waha", ask("contacts", reply_to="wamid.1"), "$.reply_to"),
+        ("evolution", ask("contacts", reply_to="wamid.1"), None),
+        ("", ask(), "$.channel"),
+    ],
+)
+def test_a_baileys_gateway_takes_what_its_dialect_has_calls_for(gateway: str, given: Ask, field: str | None) -> None:
+    found = kinds.refusal("baileys", given, gateway)
+
+    assert (found and found.details["field"]) == field

@@ -35,7 +35,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, queues: None) -> Iterator[None]:
     monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
     settings.cache_clear()
     with superuser() as connection:
-        connection.execute("UPDATE channel SET kind = 'stub' WHERE kind = 'megaapi'")
+        connection.execute("UPDATE channel SET kind = 'stub' WHERE kind IN ('megaapi', 'baileys')")
         connection.execute("UPDATE channel SET silent_since = NULL WHERE silent_since IS NOT NULL")
         for table in ("sync_report", "lease"):
             connection.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
