@@ -75,6 +75,15 @@ session_errors = Counter(
     ["class"],
     registry=REGISTRY,
 )
+session_errors_unattributed = Counter(
+    "pombal_session_errors_unattributed_total",
+    "Errors in followed logs of gateways that are of no channel, or of more than one.",
+    registry=REGISTRY,
+)
+log_lag = Gauge("pombal_log_lag_bytes", "What followed logs hold that was not read yet.", registry=REGISTRY)
+fixer_mode = Gauge(
+    "pombal_session_fixer", "Whether the fixer repairs, only observes, or is off.", ["state"], registry=REGISTRY
+)
 repairs = Counter(
     "pombal_repairs_total", "Steps of repairs, and what came of each.", ["step", "outcome"], registry=REGISTRY
 )

@@ -1,0 +1,367 @@
+"""Logs that are followed: what they tell becomes rows once, over rotations, restarts and a second follower."""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pombal import db, metrics
+from pombal.broker import redis_client
+from pombal.settings import settings
+from tests.baileys import Session, a_session
+from tests.factories import a_tenant
+from tests.pombal.processes import until
+from tests.providers.gateway_logs import Event, Gateway, as_json, as_pretty, docker
+from workers import _follower
+from workers._follower import Follower, UnknownChannel, Wanted
+
+pytestmark = pytest.mark.usefixtures("queues")
+
+
+class Log:
+    """A log that a test writes, and the followers of it."""
+
+    def __init__(self, path: Path, session: Session) -> None:
+        self.path, self.session = path, session
+        self.gateway = Gateway(hash(session.name), at=datetime.now(UTC) - timedelta(hours=2))
+        self.wanted = Wanted(attribute="whatsappId", tenant=session.tenant.slug)
+        self.follower = self.started()
+
+    def started(self, *paths: str, **wanted: Any) -> Follower:
+        return Follower(list(paths) or [str(self.path)], self.wanted._replace(**wanted), lambda: False)
+
+    def restart(self) -> None:
+        self.follower.close()
+        self.follower = self.started()
+
+    def failed(self, session: str | None = None, cause: str = "prekey") -> tuple[Event, bytes]:
+        event, made = self.gateway.event(session or self.session.name, self.gateway.contact(), cause)
+        return event, "".join(f"{text}\n" for line in made for text in as_json(line)).encode()
+
+    def write(self, *bodies: bytes) -> None:
+        with self.path.open("ab") as file:
+            file.write(b"".join(bodies))
+
+    def catch_up(self) -> None:
+        while self.follower.step():
+            pass
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        found = self.session.rows("SELECT * FROM session_error WHERE cause <> 'weak'")
+        return {row["message_id"]: row for row in found}
+
+    def tells(self, *events: Event) -> None:
+        """Wait until exactly these are rows, and see that each was told once."""
+        wanted = {event.id for event in events}
+
+        def is_there() -> bool:
+            self.catch_up()
+            return set(self.rows()) >= wanted
+
+        until(is_there, seconds=20, why=lambda: f"{len(self.rows())} of {len(wanted)}")
+        assert set(self.rows()) == wanted
+        assert [row["times"] for row in self.rows().values()] == [1] * len(wanted)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    made = Log(tmp_path / "gateway.log", a_session(dialect="whaticket"))
+    yield made
+    made.follower.close()
+
+
+@pytest.fixture
+def followed(log: Log) -> Log:
+    """An empty log that is followed already."""
+    log.path.touch()
+    log.catch_up()
+    return log
+
+
+def test_a_failure_in_a_log_is_a_row_and_a_bell(followed: Log) -> None:
+    event, text = followed.failed(cause="no_session")
+
+    followed.write(text)
+    followed.tells(event)
+
+    row = followed.rows()[event.id]
+    assert (row["jid"], row["cause"], row["source"], row["at"]) == (event.jid, "no_session", "log", event.at)
+    assert _rung() == [(str(followed.session.tenant.id), str(followed.session.channel.id))]
+
+
+def _rung() -> list[tuple[str, ...]]:
+    """Whom the fixer is told to look at."""
+    with redis_client(settings().require_redis()) as client:
+        found: Any = client.hvals("dramatiq:session_fixer.msgs")
+    return [tuple(msgspec.json.decode(one)["args"]) for one in found]
+
+
+def test_duplicates_and_other_sessions_are_no_rows(followed: Log) -> None:
+    event, text = followed.failed()
+    unknown = metrics.session_errors_unattributed._value.get()
+    longer = followed.session.name + "6"
+
+    followed.write(followed.failed(cause="duplicate")[1], followed.failed(cause="duplicate_block")[1])
+    followed.write(followed.failed(longer)[1], followed.failed(longer)[1], text)
+    followed.tells(event)
+
+    assert metrics.session_errors_unattributed._value.get() == unknown + 2
+
+
+def test_two_channels_of_one_name_are_nobodys(followed: Log) -> None:
+    """In another tenant; with `--tenant` it is clear who is meant."""
+    other = a_session()
+    with db.session([other.tenant.id]) as s:
+        channel = s.get(type(other.channel), (other.tenant.id, other.channel.id))
+        assert channel is not None
+        channel.config = {**channel.config, "session": followed.session.name, "host": "http://127.0.0.2:9"}
+    event, text = followed.failed()
+    both = followed.started(tenant=None)
+    host = followed.started(tenant=None, gateway="http://127.0.0.2:9/")
+    for one in (both, host):
+        one.step()
+
+    followed.write(text)
+    followed.tells(event)
+    for one in (both, host):
+        while one.step():
+            pass
+        one.close()
+
+    assert followed.rows()[event.id]["times"] == 1
+    assert [row["message_id"] for row in other.rows("SELECT * FROM session_error")] == [event.id]
+
+
+def test_a_log_of_one_channel_needs_no_field(log: Log) -> None:
+    log.path.touch()
+    log.wanted = Wanted(channel=f"{log.session.tenant.slug}/{log.session.channel.name}")
+    log.restart()
+    log.catch_up()
+    event, text = log.failed("whatever")
+    weak = [f"ERROR whatsappId={name} Bad MAC\n".encode() for name in ("2", log.session.name)]
+
+    log.write(text, *weak)
+    log.tells(event)
+
+    assert len(log.session.rows("SELECT * FROM session_error WHERE cause = 'weak'")) == 1
+
+
+def test_a_channel_that_is_not_there_is_said(log: Log) -> None:
+    with pytest.raises(UnknownChannel):
+        log.started(attribute=None, channel=f"{a_tenant().slug}/none").step()
+
+
+def test_weak_evidence_and_ends_are_noted(followed: Log) -> None:
+    end = followed.gateway.record(
+        followed.session.name, {"connection": "close", "statusCode": 440}, "connection.update"
+    )
+    weak = f"ERROR whatsappId={followed.session.name} Bad MAC\n".encode()
+
+    followed.write(weak, "".join(f"{text}\n" for text in as_json(end)).encode())
+    followed.catch_up()
+
+    assert [row["cause"] for row in followed.session.rows("SELECT * FROM session_error")] == ["weak"]
+    assert [(row["code"], row["times"]) for row in followed.session.rows("SELECT * FROM session_end")] == [(440, 1)]
+    assert len(_rung()) == 1
+
+
+@pytest.mark.parametrize("is_from_start", [False, True])
+def test_a_new_log_is_followed_from_its_end_unless_one_says_otherwise(log: Log, is_from_start: bool) -> None:
+    old, first = log.failed()
+    new, second = log.failed()
+    log.write(first, second[:40])
+    log.wanted = log.wanted._replace(from_start=is_from_start)
+    log.restart()
+    log.catch_up()
+    log.restart()
+
+    log.write(second[40:])
+
+    log.tells(*([old] if is_from_start else []), new)
+
+
+def test_a_log_that_comes_later_is_read_whole(log: Log) -> None:
+    log.catch_up()
+    event, text = log.failed()
+
+    log.write(text)
+
+    log.tells(event)
+
+
+def test_a_pattern_finds_logs_that_come_and_none_twice(log: Log, tmp_path: Path) -> None:
+    log.write(b"old\n")
+    log.follower = log.started(str(tmp_path / "*.log"))
+    log.catch_up()
+    first, text = log.failed()
+    second, other = log.failed()
+
+    log.write(text)
+    log.catch_up()
+    log.path.rename(tmp_path / "gateway-1.log")  # it matches, and was read under the other name
+    (tmp_path / "more.log").write_bytes(other)
+    log.write(b"new\n")
+
+    log.tells(first, second)
+    until(lambda: not log.follower.step() and len(log.follower._logs) >= 2)
+    log.tells(first, second)
+
+
+def test_a_line_that_is_not_whole_waits_for_its_end(followed: Log) -> None:
+    event, text = followed.failed()
+
+    for n in range(0, len(text), 50):
+        followed.write(text[n : n + 50])
+        followed.catch_up()
+        if n % 200 == 0:
+            followed.restart()
+
+    followed.tells(event)
+
+
+def test_a_block_and_its_record_may_stand_on_either_side_of_a_restart(followed: Log) -> None:
+    event, text = followed.failed()
+    _, twice = followed.failed(cause="duplicate_block")
+    lines = twice.splitlines(keepends=True)
+
+    for line in lines:
+        followed.write(line)
+        followed.catch_up()
+        followed.restart()
+    followed.write(text)
+
+    followed.tells(event)
+
+
+def test_a_renamed_file_is_read_to_its_end_first(followed: Log, tmp_path: Path) -> None:
+    events, texts = zip(*(followed.failed() for _ in range(4)), strict=True)
+    followed.write(texts[0])
+    followed.catch_up()
+
+    followed.write(texts[1])
+    followed.path.rename(tmp_path / "gateway.log.1")
+    with (tmp_path / "gateway.log.1").open("ab") as file:
+        file.write(texts[2])  # whoever writes has not noticed yet
+    followed.write(texts[3])
+
+    followed.tells(*events)
+
+
+def test_rotations_while_nobody_followed_lose_nothing(followed: Log, tmp_path: Path) -> None:
+    events, texts = zip(*(followed.failed() for _ in range(5)), strict=True)
+    followed.write(texts[0])
+    followed.catch_up()
+    followed.follower.close()
+
+    for n, text in enumerate(texts[1:4]):
+        followed.write(text)
+        for older in range(n, 0, -1):
+            (tmp_path / f"gateway.log.{older}").rename(tmp_path / f"gateway.log.{older + 1}")
+        followed.path.rename(tmp_path / "gateway.log.1")
+        aged(tmp_path / "gateway.log.1", n - 10)
+    followed.write(texts[4])
+    followed.restart()
+
+    followed.tells(*events)
+
+
+def aged(path: Path, seconds: int) -> None:
+    """As last written so long ago: what this test does within milliseconds takes days."""
+    at = datetime.now(UTC).timestamp() + seconds
+    os.utime(path, (at, at))
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_file_that_was_copied_and_emptied_loses_nothing(followed: Log, tmp_path: Path, is_running: bool) -> None:
+    events, texts = zip(*(followed.failed() for _ in range(12)), strict=True)
+    followed.write(texts[0])
+    followed.catch_up()
+    if not is_running:
+        followed.follower.close()
+
+    followed.write(texts[1])
+    shutil.copyfile(followed.path, tmp_path / "gateway.log.1")
+    os.truncate(followed.path, 0)
+    followed.write(*texts[2:])  # and by now it is longer than it was
+    if not is_running:
+        followed.restart()
+
+    followed.tells(*events)
+
+
+def test_whatever_happens_in_whatever_order_each_failure_is_told_once(tmp_path: Path) -> None:
+    """Writes of pieces of lines, rotations of both kinds, restarts."""
+    for seed in range(6):
+        dice = random.Random(seed)  # noqa: S311 - a test's dice
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        log = Log(folder / "gateway.log", a_session(dialect="whaticket"))
+        log.path.touch()
+        log.catch_up()
+        events: list[Event] = []
+        rest = b""
+        files = 0
+        for _ in range(60):
+            what = dice.choice(["write"] * 6 + ["piece"] * 3 + ["step"] * 4 + ["restart", "rename", "copy"])
+            if what == "write":
+                event, text = log.failed(cause=dice.choice(["prekey", "ratchet", "no_session"]))
+                events.append(event)
+                log.write(rest + text)
+                rest = b""
+            elif what == "piece" and not rest:
+                event, text = log.failed()
+                events.append(event)
+                log.write(text[:60])
+                rest = text[60:]
+            elif what == "step":
+                log.follower.step()
+            elif what == "restart":
+                log.restart()
+            elif what in ("rename", "copy") and not rest and log.path.stat().st_size:
+                files += 1
+                rotated = folder / f"gateway.log-{files:03d}"
+                if what == "rename":
+                    log.path.rename(rotated)
+                    log.path.touch()
+                else:
+                    log.catch_up()  # no copy of a copy: what was not looked at between two of these is in neither name
+                    shutil.copyfile(log.path, rotated)
+                    os.truncate(log.path, 0)
+                aged(rotated, files - 1000)
+        log.write(rest)
+
+        log.tells(*events)
+        log.follower.close()
+
+
+def test_two_followers_of_one_log_tell_it_once(followed: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_follower, "_LONGEST_PAUSE", 0.05)  # for which the one that was overtaken keeps away
+    second = followed.started()
+    second.step()
+    events = []
+    for _ in range(10):
+        event, text = followed.failed()
+        events.append(event)
+        followed.write(text)
+        followed.follower.step()
+        second.step()
+
+    followed.tells(*events)
+    second.close()
+
+
+@pytest.mark.parametrize("wrap", [None, docker])
+def test_pretty_records_are_told_when_nothing_more_comes(followed: Log, wrap: Any) -> None:
+    event, made = followed.gateway.event(followed.session.name, followed.gateway.contact(), "ratchet")
+    groups = [as_pretty(line) for line in made]
+    lines = [text for group in groups for text in (wrap(group, followed.gateway.at) if wrap else group)]
+
+    followed.write("".join(f"{line}\n" for line in lines).encode())
+
+    followed.tells(event)

@@ -1,0 +1,421 @@
+"""Follows logs of Baileys gateways as they are written, and notes what they tell of channels' sessions.
+
+`pombal session follow` runs it. One commit holds what was found and how far the log was read (`LogPosition`), so that
+after a crash nothing is noted twice and nothing is missed; the place that a commit starts from is its fence against a
+second follower and against a commit whose answer was lost.
+"""
+
+import glob
+import os
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from models import Channel, ChannelKind, Tenant
+from models.gateway_log import LogPosition
+from models.session_error import SessionError
+from pombal import db, log, metrics
+from pombal.errors import PombalError
+from pombal.settings import settings
+from providers.gateway_log import LOOK_BACK, Ended, Failure, Finding, LogReader, Weak
+from workers._log_files import Place, Tail
+from workers.session_fixer import ring_fixer, take_note
+
+_log = log.get()
+
+POLL_SECONDS = 0.25
+_CHUNK = 256 * 1024
+_SETTLED = 1.0  # seconds without a new byte after which a record is taken for whole
+_QUIET_BYTES = 4 * 1024 * 1024  # without a finding, the place is stored after so many bytes or so many seconds
+_QUIET_SECONDS = 5.0
+_KNOWN_FOR = 5.0  # seconds for which what sessions there are is remembered
+_LONGEST_PAUSE = 5.0
+_PROGRESS_SECONDS = 5.0
+_UNKNOWN = 1_000  # values that are remembered as told
+_WORD = "-"  # the session of a log that serves one channel
+
+
+class UnknownChannel(PombalError):
+    """There is no such channel, or it has no session on a Baileys gateway."""
+
+
+class Wanted(NamedTuple):
+    """What logs are of: `attribute` is the field that names a session, `channel` (`TENANT/NAME`) says that all of it is
+    one channel's. `gateway` and `tenant` narrow which channels are meant. `name` tells followers of equal paths apart.
+    """
+
+    attribute: str | None = None
+    channel: str | None = None
+    gateway: str | None = None
+    tenant: str | None = None
+    name: str = ""
+    from_start: bool = False
+
+
+class _Over(Exception):
+    """We were told to stop."""
+
+
+class _Moved(Exception):
+    """Somebody else has read on in this log."""
+
+
+class Target(NamedTuple):
+    tenant_id: UUID
+    channel_id: UUID
+    session: str
+
+
+class Targets:
+    """Which channel a session's name means."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._known: dict[str, list[Target]] = {}
+        self._read_at = -_KNOWN_FOR
+        self._told: OrderedDict[str | None, None] = OrderedDict()
+
+    def of(self, found: Finding) -> Target | None:
+        """The channel; None when there is none, or more than one. Raises store errors."""
+        age = time.monotonic() - self._read_at
+        is_named = self._wanted.channel is None and found.session is not None
+        if age > _KNOWN_FOR or (is_named and found.session not in self._known and age > POLL_SECONDS):
+            self.read()
+        if self._wanted.channel is not None:
+            one = next((target for targets in self._known.values() for target in targets), None)
+            # What a log of one session says of another's is not ours; only weak evidence names one here.
+            return one if one is None or not isinstance(found, Weak) or found.session == one.session else None
+        targets = self._known.get(found.session or "", [])
+        return targets[0] if len(targets) == 1 else None
+
+    def forget(self) -> None:
+        self._read_at = -_KNOWN_FOR
+
+    def unattributed(self, found: Finding) -> None:
+        """Count what is of no channel, and say so once for each name."""
+        metrics.session_errors_unattributed.inc()
+        if found.session in self._told:
+            return
+        self._told[found.session] = None
+        while len(self._told) > _UNKNOWN:
+            self._told.popitem(last=False)
+        several = len(self._known.get(found.session or "", []))
+        _log.warning("session_of_no_channel", session=found.session, channels=several)
+
+    def read(self) -> None:
+        """Look at the channels there are. Raises `UnknownChannel`, and store errors."""
+        wanted = self._wanted
+        tenant, _, name = (wanted.channel or "").rpartition("/")
+        query = select(Channel.tenant_id, Channel.id, Channel.name, Channel.config).join(
+            Tenant, Tenant.id == Channel.tenant_id
+        )
+        query = query.where(Channel.kind == ChannelKind.BAILEYS)
+        if tenant or wanted.tenant:
+            query = query.where(Tenant.slug == (tenant or wanted.tenant))
+        if name:
+            query = query.where(Channel.name == name)
+        known: dict[str, list[Target]] = {}
+        with db.session() as s:
+            db.see_all(s)
+            for row in s.execute(query):
+                host = _plain(row.config.get("host") or settings().backend_url)
+                session = row.config.get("session")
+                if isinstance(session, str) and (wanted.gateway is None or _plain(wanted.gateway) == host):
+                    known.setdefault(session, []).append(Target(row.tenant_id, row.id, session))
+        if wanted.channel is not None and sum(map(len, known.values())) != 1:
+            raise UnknownChannel(f"{wanted.channel} is not one channel on a Baileys gateway; give TENANT/NAME")
+        self._known, self._read_at = known, time.monotonic()
+
+
+def _plain(host: str) -> str:
+    return host.strip().rstrip("/").lower()
+
+
+class Followed:
+    """One log, and how far it is read."""
+
+    def __init__(
+        self, path: Path, wanted: Wanted, targets: Targets, is_over: Callable[[], bool], *, is_new: bool = False
+    ) -> None:
+        self.path = path
+        self.tail = Tail(path)
+        self._wanted, self._targets, self._is_over = wanted, targets, is_over
+        what = wanted.channel or wanted.attribute or ""
+        self.key = "|".join([wanted.name, what, wanted.tenant or "", wanted.gateway or "", str(path)])
+        self._reader = LogReader()
+        self._told_until = 0
+        self._stored: tuple[int, int] | None = None
+        self._stored_byte, self._stored_at = 0, time.monotonic()
+        self._heard_at = time.monotonic()
+        self._is_settled = True
+        self._is_new = is_new  # it has come while we looked: all of it is news
+        self._was_missing = False
+        self._read, self._said_at, self._wait_until = 0, time.monotonic(), 0.0
+
+    def step(self) -> bool:
+        """Read a piece of it, and note what that tells. Returns whether there may be more at once."""
+        if time.monotonic() < self._wait_until:
+            return False
+        try:
+            return self._step()
+        except _Moved:
+            _log.warning("log_is_followed_by_another", path=str(self.path))
+            self.tail.close()
+            self._wait_until = time.monotonic() + _LONGEST_PAUSE
+        except OSError as error:
+            _log.warning("log_not_readable", path=str(self.path), error=error.strerror)
+            self.tail.close()
+            self._wait_until = time.monotonic() + _LONGEST_PAUSE
+        return False
+
+    def _step(self) -> bool:
+        if not self.tail.is_open and not self._open():
+            return False
+        data = self.tail.read(_CHUNK)
+        self._say_whether_missing()
+        if self.tail.lost_at:
+            _log.warning("log_lines_may_be_missing", path=str(self.path), why=self.tail.lost_at)
+            self.tail.lost_at = None
+        now = datetime.now(UTC)
+        found: list[Finding] = []
+        if data:
+            self._heard_at, self._is_settled = time.monotonic(), False
+            found = self._reader.feed(data, now)
+            self._progress(len(data))
+        elif not self._is_settled and time.monotonic() - self._heard_at >= _SETTLED:
+            self._is_settled = True
+            found = self._reader.settle(now)
+        self._note([one for one in found if one.byte >= self._told_until])
+        return bool(data)
+
+    def _open(self) -> bool:
+        with db.session() as s:
+            row = s.get(LogPosition, self.key)
+            place = Place(row.inode, row.offset, row.head) if row else None
+        at_end = not (self._wanted.from_start or self._was_missing or self._is_new)
+        opened = self.tail.open(place, at_end=at_end, look_back=LOOK_BACK)
+        if opened is None:
+            self._say_whether_missing()
+            return False
+        begin, self._told_until = opened
+        session = _WORD if self._wanted.channel is not None else None
+        self._reader = LogReader(attribute=self._wanted.attribute, session=session, begin=begin)
+        self._stored = (place.inode, place.offset) if place else None
+        self._stored_byte = -_QUIET_BYTES if place is None else self._told_until
+        _log.info("log_followed", path=str(self.path), offset=self._told_until, bytes=self.tail.behind())
+        self._note([])
+        return True
+
+    def _say_whether_missing(self) -> None:
+        if self.tail.is_missing != self._was_missing:
+            self._was_missing = self.tail.is_missing
+            if self._was_missing:
+                _log.warning("log_missing", path=str(self.path))
+            else:
+                _log.info("log_is_back", path=str(self.path))
+
+    def _progress(self, size: int) -> None:
+        self._read += size
+        if time.monotonic() - self._said_at >= _PROGRESS_SECONDS:
+            if self._read > _QUIET_BYTES:
+                _log.info("log_read", path=str(self.path), bytes=self._read, left=self.tail.behind())
+            self._read, self._said_at = 0, time.monotonic()
+
+    # ---------------------------------------------------------------------------------------------------- what is told
+
+    def _note(self, found: list[Finding]) -> None:
+        """Write down what was found, and how far was read."""
+        byte = max(self._reader.offset, self._told_until)
+        is_due = byte - self._stored_byte >= _QUIET_BYTES or (
+            byte != self._stored_byte and time.monotonic() - self._stored_at >= _QUIET_SECONDS
+        )
+        if not found and not is_due:
+            return
+        place = self.tail.place(byte)
+        if (place.inode, place.offset) != self._stored or found:
+            rung = self._committed(place, found)
+            self._stored = (place.inode, place.offset)
+            for tenant_id, channel_id in sorted(rung):
+                ring_fixer(tenant_id, channel_id)
+        self._stored_byte, self._stored_at = byte, time.monotonic()
+
+    def _committed(self, place: Place, found: list[Finding]) -> set[tuple[UUID, UUID]]:
+        """Commit it, however long the database is away. Returns for whom to ring."""
+        pause, away_since = POLL_SECONDS, None
+        unknown = 3  # channels may be deleted between the look at them and the commit
+        is_repeated = False
+        while True:
+            try:
+                rung = self._commit(place, found, is_repeated=is_repeated)
+            except IntegrityError:
+                unknown -= 1
+                if not unknown:
+                    raise
+                self._targets.forget()
+            except Exception as error:
+                if not (db.is_store_trouble(error) or db.is_too_slow(error) or db.is_worth_rerunning(error)):
+                    raise
+                is_repeated = True
+                if away_since is None:
+                    away_since = time.monotonic()
+                    _log.warning("database_away", error=log.described(error))
+                self._wait(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                if away_since is not None:
+                    _log.info("database_back", seconds=round(time.monotonic() - away_since, 1))
+                return rung
+
+    def _commit(self, place: Place, found: list[Finding], *, is_repeated: bool) -> set[tuple[UUID, UUID]]:
+        mine = [(self._targets.of(one), one) for one in found]
+        tenants = {target.tenant_id for target, _ in mine if target is not None}
+        with db.session(tenants) as s:
+            row = s.get(LogPosition, self.key, with_for_update=True)
+            at = (row.inode, row.offset) if row else None
+            if at != self._stored:
+                if is_repeated and row is not None and Place(row.inode, row.offset, row.head) == place:
+                    # It went through, and we never heard.
+                    return {(target.tenant_id, target.channel_id) for target, _ in mine if target is not None}
+                raise _Moved
+            if row is None:
+                row = LogPosition(path=self.key)
+                s.add(row)
+            row.inode, row.offset, row.head, row.updated_at = place.inode, place.offset, place.head, datetime.now(UTC)
+            s.flush()
+            rung = _written(s, [(target, one) for target, one in mine if target is not None])
+        for target, one in mine:
+            if target is None:
+                self._targets.unattributed(one)
+        return rung
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._is_over():
+                raise _Over
+            time.sleep(min(POLL_SECONDS, max(end - time.monotonic(), 0)))
+
+
+def _written(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
+    """Note findings in this transaction; returns the (tenant, channel) pairs with news."""
+    errors: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    rung: set[tuple[UUID, UUID]] = set()
+    for target, one in found:
+        where = {"tenant_id": target.tenant_id, "channel_id": target.channel_id, "at": one.at, "source": "log"}
+        if isinstance(one, Failure):
+            if not one.is_benign:
+                names = {"jid": one.jid, "participant": one.participant, "message_id": one.message_id}
+                errors.append({**where, **names, "cause": str(one.cause)})
+        elif isinstance(one, Ended):
+            ends.append({**where, "code": one.code})
+        elif SessionError.weak(s, target.tenant_id, target.channel_id, one.at):
+            rung.add((target.tenant_id, target.channel_id))
+    return rung | take_note(s, errors, ends)
+
+
+class Follower:
+    """Follows all logs that these names and patterns mean, until it is told to stop."""
+
+    def __init__(self, patterns: list[str], wanted: Wanted, is_over: Callable[[], bool]) -> None:
+        self._patterns, self._wanted, self._is_over = patterns, wanted, is_over
+        self._targets = Targets(wanted)
+        self._logs: dict[Path, Followed] = {}
+        self._found_at = -1.0
+        self._is_first = True
+
+    def run(self) -> None:
+        pause = POLL_SECONDS
+        while not self._is_over():
+            try:
+                is_busy = self.step()
+            except _Over:
+                return
+            except Exception as error:
+                if not (db.is_store_trouble(error) or db.is_too_slow(error)):
+                    raise
+                _log.warning("follower_waits", error=log.described(error))
+                self._pause(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                pause = POLL_SECONDS
+                if not is_busy:
+                    self._pause(POLL_SECONDS)
+
+    def step(self) -> bool:
+        """One piece of each log. Returns whether there may be more at once."""
+        if self._is_first:
+            self._targets.read()
+        if time.monotonic() - self._found_at >= 1:
+            self._find()
+        is_busy = False
+        for followed in self._logs.values():
+            is_busy |= followed.step()
+            if self._is_over():
+                break
+        metrics.log_lag.set(sum(followed.tail.behind() for followed in self._logs.values()))
+        return is_busy
+
+    def _find(self) -> None:
+        """Logs that have come. A rotated file matches its pattern too, and is read already."""
+        self._found_at = time.monotonic()
+        for pattern in self._patterns:
+            is_pattern = glob.has_magic(pattern)
+            for name in sorted(glob.glob(pattern)) if is_pattern else [pattern]:
+                path = Path(os.path.abspath(name))
+                if path in self._logs or name.endswith(".gz"):
+                    continue
+                if is_pattern and not self._is_first and self._is_read(path):
+                    continue
+                self._logs[path] = Followed(
+                    path, self._wanted, self._targets, self._is_over, is_new=is_pattern and not self._is_first
+                )
+        if self._is_first and not self._logs:
+            _log.warning("no_log_yet", patterns=len(self._patterns))
+        self._is_first = False
+
+    def _is_read(self, path: Path) -> bool:
+        try:
+            return any(followed.tail.knows(path) for followed in self._logs.values())
+        except OSError:
+            return True  # once it may be read it is looked at again
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._is_over() and time.monotonic() < end:
+            time.sleep(min(0.1, seconds))
+
+    def close(self) -> None:
+        for followed in self._logs.values():
+            followed.tail.close()
+
+
+def main(patterns: list[str], wanted: Wanted) -> int:
+    """Follow until SIGTERM or SIGINT, then 0."""
+    orders: list[int] = []
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        orders.append(signum)  # nothing that locks: a handler may interrupt itself
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    publisher = metrics.Publisher().start()
+    _log.info("follower_started", pid=os.getpid())
+    follower = Follower(patterns, wanted, lambda: bool(orders))
+    try:
+        follower.run()
+    finally:
+        follower.close()
+        publisher.stop()
+    _log.info("follower_stopped")
+    return 0
