@@ -9,14 +9,13 @@ from models.base import Base
 
 
 class LogPosition(Base):
-    """`head` is the digest of the file's first bytes and `head_length` how many those are: a file that was truncated
-    and written anew begins otherwise."""
+    """`path` names what is followed. `head` is a digest of the file's beginning and of what stands before the offset: a
+    file that was truncated and written anew begins otherwise."""
 
     __tablename__ = "log_position"
 
     path: Mapped[str] = mapped_column(primary_key=True)
     inode: Mapped[int] = mapped_column(BigInteger)
     head: Mapped[bytes]
-    head_length: Mapped[int]
     offset: Mapped[int] = mapped_column(BigInteger)
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())

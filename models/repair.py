@@ -53,6 +53,7 @@ class Phase(StrEnum):
     PLANNED = "planned"
     STOPPING = "stopping"
     STOPPED = "stopped"  # and confirmed
+    ACTING = "acting"  # by the gateway itself, without a stop of ours
     STARTING = "starting"
     WATCHING = "watching"  # for the proof
 
@@ -105,6 +106,7 @@ class Repair(Tenanted, Dated, Base):
     step_at: Mapped[datetime] = mapped_column(server_default=func.now())
     failures: Mapped[int] = mapped_column(server_default=text("0"))  # of this phase, in a row
     says: Mapped[str | None]  # why it waits, for whoever looks
+    names: Mapped[list[str] | None] = mapped_column(JSONB)  # of the keys that this step drops; they hold phone numbers
     asked_for_qr: Mapped[bool] = mapped_column(server_default=text("false"))
     next_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # also when a claim runs out
     next_ring_at: Mapped[datetime | None]
@@ -182,6 +184,11 @@ class Repair(Tenanted, Dated, Base):
         return s.scalar(_ASKED, {"host": host, "since": since}) is not None
 
     @staticmethod
+    def in_states(s: Session) -> dict[str, int]:
+        """How many are not closed: by state, those whose session may be without its socket as `stopped`."""
+        return {state: count for state, count in s.execute(_IN_STATES)}
+
+    @staticmethod
     def to_ring(s: Session, limit: int, *, at_once: bool = False) -> list[tuple[UUID, UUID]]:
         """(tenant, channel) of those that are due and were not rung for lately; notes that they are rung for."""
         given = {"most": limit, "again": _RING_AGAIN, "at_once": at_once}
@@ -205,6 +212,12 @@ class RepairPause(Base):
     def end(s: Session, scope: str) -> bool:
         """False when it was not paused."""
         return s.execute(_RESUME, {"scope": scope}).first() is not None
+
+    @staticmethod
+    def counts(s: Session) -> dict[str, int]:
+        """How many pauses there are, of `all` and of a `channel`."""
+        scopes = list(s.scalars(text("SELECT scope FROM repair_pause")))
+        return {"all": scopes.count("all"), "channel": len(scopes) - scopes.count("all")}
 
     @staticmethod
     def holds(s: Session, channel_id: UUID) -> str | None:
@@ -266,6 +279,11 @@ _HISTORY = text("""
 
 _ASKED = text("""
     SELECT 1 FROM repair WHERE host = :host AND asked_for_qr AND opened_at > now() - CAST(:since AS interval) LIMIT 1
+""")
+
+_IN_STATES = text("""
+    SELECT CASE WHEN phase IN ('stopping', 'stopped', 'starting') THEN 'stopped' ELSE state END AS state, count(*)
+    FROM repair WHERE state <> 'closed' GROUP BY 1
 """)
 
 _TO_RING = text("""

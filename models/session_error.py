@@ -95,16 +95,14 @@ class SessionError(Tenanted, Dated, Base):
         return list(s.scalars(_AFFECTED, given))
 
     @staticmethod
-    def heard_since(
-        s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime, only_after: datetime
-    ) -> RowMapping:
+    def heard_since(s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime) -> RowMapping:
         """What came in after a step was made (`after`), of an incident that began at `since`:
 
-        - `errors`: unhealed ones that failed from `only_after` on, of chats that nothing was decrypted of afterwards;
+        - `errors`: unhealed ones that failed since then, of chats that nothing was decrypted of afterwards;
         - `decrypted`: messages of the affected contacts; `traffic`: messages of anybody.
         """
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "after": after}
-        return s.execute(_HEARD, {**given, "only_after": only_after, "weak": WEAK}).mappings().one()
+        return s.execute(_HEARD, {**given, "weak": WEAK}).mappings().one()
 
 
 class SessionEnd(Tenanted, Base):
@@ -156,7 +154,8 @@ class SessionLook(Tenanted, Base):
 _RECORD = text(f"""
     INSERT INTO session_error AS e
         (tenant_id, channel_id, jid, message_id, participant, cause, source, at, last_at)
-    SELECT tenant_id, channel_id, jid, message_id, participant, cause, source, least(at, now()), least(at, now())
+    SELECT tenant_id, channel_id, jid, message_id, coalesce(participant, ''), cause, source,
+        least(at, now()), least(at, now())
     FROM {
     rows(
         tenant_id="uuid",
@@ -241,7 +240,7 @@ _HEARD = text("""
         (SELECT count(*) FROM session_error AS e
             LEFT JOIN heard AS h ON h.contact = coalesce(nullif(e.participant, ''), e.jid)
             WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
-                AND e.at > :only_after AND (h.last_at IS NULL OR h.last_at < e.at)) AS errors
+                AND e.at > :after AND (h.last_at IS NULL OR h.last_at < e.at)) AS errors
 """)
 
 _NOTE = text(f"""

@@ -19,7 +19,7 @@ from models.base import given_rows, rows
 from models.channel import ChannelKind, ChannelStatus
 from models.message import TRAFFIC, TRAFFIC_AT
 
-POLLED = (ChannelKind.MEGAAPI,)  # kinds whose providers are asked how a channel stands
+POLLED = (ChannelKind.MEGAAPI, ChannelKind.BAILEYS)  # kinds whose providers are asked how a channel stands
 # Reasons of a status that is not known, beside what a call may come to (`providers.instance.FAULTS`).
 ODD = "odd_answer"  # an answer that says neither, such as an unknown word
 NOT_REACHED = "not_reached"  # the time was over, or its host given up, before there was an answer

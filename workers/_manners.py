@@ -18,10 +18,12 @@ class Manner(NamedTuple):
     has_session: bool = False  # which may be disconnected: then nothing is sent
 
 
-# 80: whatsapp-cloud-api.md §10. MegaAPI tells no limit (megaapi.md, "Still UNCONFIRMED"): slowly, as a person would.
+# 80: whatsapp-cloud-api.md §10. MegaAPI tells no limit (megaapi.md, "Still UNCONFIRMED"): slowly, as a person would. A
+# Baileys gateway is a library on some host of the operator's, with nobody before it who would slow us down.
 _MANNERS: dict[str, Manner] = {
     ChannelKind.META: Manner(80.0, ONCE_MORE, has_window=True, uploads=True),
     ChannelKind.MEGAAPI: Manner(is_gateway=True, has_session=True),
+    ChannelKind.BAILEYS: Manner(2.0, is_gateway=True, has_session=True),
     ChannelKind.STUB: Manner(80.0, has_session=True),
 }
 

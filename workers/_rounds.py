@@ -8,7 +8,7 @@ not reached. Each poll has a deadline of its own and a quick second try. Not a q
 import asyncio
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
@@ -17,6 +17,7 @@ from sqlalchemy import RowMapping
 from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random
 
 import providers
+from models import ChannelKind
 from models.standing import NOT_REACHED, ODD
 from pombal import log, metrics
 from pombal.errors import Misconfigured, Permanent, PombalError
@@ -39,6 +40,8 @@ _WAITED = 2.0  # seconds without an answer that count as that; a host that is no
 _SENT_AWAY = ("throttled", "edge_blocked")
 # Of a list that is no use: the host may not have one, and the instances may still answer one by one.
 _NO_LIST = ("not_found", "rejected", "unreadable")
+# Dialects of Baileys gateways whose key lists the sessions that it is good for (baileys-sessions.md §5).
+_LISTING = ("whaticket", "ticketz", "evolution", "waha")
 _LOOK = 1.0  # seconds between two handings on of what was found
 
 
@@ -81,11 +84,12 @@ class Stopping(PombalError):
 
 
 class Target(NamedTuple):
-    """An instance to ask."""
+    """An instance to ask. `name` is what a list of its host calls it."""
 
     row: RowMapping
     instance: Instance
     slot: float  # seconds into the round
+    name: str = ""
 
 
 class Host:
@@ -94,7 +98,7 @@ class Host:
     def __init__(self, at_once: int) -> None:
         self.room = asyncio.Semaphore(at_once)
         self.singles: list[Target] = []
-        self.lists: dict[str, list[Target]] = {}  # by the token that lists them
+        self.lists: dict[tuple[str, ...], list[Target]] = {}  # by what lists them: the same call, the same token
         self._answered_at = 0.0
         self._in_vain = 0
 
@@ -180,15 +184,15 @@ class Round:
                 self._note(row, Found(self._clock(), reason="misconfigured"))
                 continue
             host = hosts.setdefault(instance.host, Host(self._at_once))
-            target = Target(row, instance, self._slot(row))
-            if row["config"].get("token_kind") == "host" and row["config"].get("instance_key"):
-                token = secrets.get("token") or settings().mega_api_token
-                host.lists.setdefault(token, []).append(target)
+            name, listed_by = _in_a_list(row, secrets)
+            target = Target(row, instance, self._slot(row), name)
+            if name:
+                host.lists.setdefault(listed_by, []).append(target)
             else:
                 host.singles.append(target)
         for host in hosts.values():
-            for token in [token for token, targets in host.lists.items() if len(targets) == 1]:
-                host.singles += host.lists.pop(token)
+            for listed_by in [listed_by for listed_by, targets in host.lists.items() if len(targets) == 1]:
+                host.singles += host.lists.pop(listed_by)
             host.singles.sort(key=lambda target: target.slot)
         return hosts
 
@@ -236,12 +240,12 @@ class Round:
                 self._note(row, found)
             return
         asked_at, listed = found
-        for row in rows:
-            standing = listed.get(row["config"]["instance_key"])
+        for target in targets:
+            standing = listed.get(target.name)
             if standing is None:
-                self._note(row, Found(asked_at, reason=NOT_LISTED))
+                self._note(target.row, Found(asked_at, reason=NOT_LISTED))
             else:
-                self._note(row, _understood(asked_at, standing))
+                self._note(target.row, _understood(asked_at, standing))
 
     async def _asked_for(
         self,
@@ -281,6 +285,19 @@ class Round:
     def _note(self, row: RowMapping, found: Found) -> None:
         self.found[row["id"]] = found
         metrics.status_polls.labels(provider=row["kind"], outcome=found.status or found.reason).inc()
+
+
+def _in_a_list(row: RowMapping, secrets: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """What a list of its host calls a channel's instance, and which list that is; '' where there is none to ask for."""
+    config = row["config"]
+    if row["kind"] == ChannelKind.BAILEYS:
+        if config.get("gateway") not in _LISTING:
+            return "", ()
+        paths = (f"{name}={path}" for name, path in sorted(config.get("paths", {}).items()))
+        return config.get("session", ""), (row["kind"], config["gateway"], secrets.get("api_key", ""), *paths)
+    if config.get("token_kind") != "host":
+        return "", ()
+    return config.get("instance_key", ""), (row["kind"], secrets.get("token") or settings().mega_api_token)
 
 
 def _understood(asked_at: datetime, standing: Standing) -> Found:

@@ -281,7 +281,7 @@ class Sync:
                 {
                     "channel": str(row["id"]),
                     "name": row["name"],
-                    "instance": row["config"].get("instance_key"),
+                    "instance": row["config"].get("instance_key") or row["config"].get("session"),
                     "stored": stored,
                     "provider": found.status,
                     "raw": found.raw,

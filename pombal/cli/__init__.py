@@ -14,7 +14,7 @@ import msgspec
 from pombal import __version__
 from pombal.errors import PombalError
 from pombal.settings import data_folder
-from sandbox.kinds import KINDS, MEGAAPI_KINDS, MEGAAPI_PLACES
+from sandbox.kinds import BAILEYS_KINDS, BAILEYS_PLACES, BAILEYS_STORMS, KINDS, MEGAAPI_KINDS, MEGAAPI_PLACES
 
 Setup = Callable[[argparse.ArgumentParser], None]
 _NARROWEST = 24  # characters of a column that is cut
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )
     up.add_argument("--no-sandbox", action="store_true", help="without the simulated providers")
     up.add_argument(
-        "--procs", default=None, help="only these, comma-separated (web,worker,media,upkeep,sessions,clock,sandbox)"
+        "--procs",
+        default=None,
+        help="only these, comma-separated (web,worker,media,upkeep,sessions,fixer,follower,clock,sandbox)",
     )
     up.add_argument("--pg-port", type=int, default=None, help="also listen on this loopback port, with a password")
     up.add_argument("--redis-port", type=int, default=None, help="likewise for Valkey")
@@ -154,6 +156,53 @@ def parser() -> argparse.ArgumentParser:
     faults.formatter_class = argparse.RawDescriptionHelpFormatter
     faults.epilog = "\n".join(["kinds:", *(f"  {kind:<17} {does}" for kind, does in MEGAAPI_KINDS.items())])
 
+    gateway = _group(words, "baileys", "a word to the simulated Baileys gateways")
+    say = _add(gateway, "say", "sandbox:baileys_say", "a customer writes, or sends something of another kind")
+    say.add_argument("text", nargs="?", default=None)
+    say.add_argument("--kind", default=None, help="text, image, voice, document, location, poll, … (text)")
+    say.add_argument("--from", dest="from_", default=None, help="digits, or a JID")
+    say.add_argument("--group", default=None, help="JID of a group")
+    say.add_argument("--from-me", action="store_true", help="typed on the company's own phone")
+    say.add_argument("--stub", default=None, metavar="TEXT", help="undecryptable, with this error, such as Bad MAC")
+    storm = _add(gateway, "storm", "sandbox:baileys_storm", "keys break and messages go on coming", as_json=True)
+    storm.add_argument("kind", nargs="?", choices=BAILEYS_STORMS, metavar="KIND", help="one of those below")
+    storm.add_argument("--contacts", type=int, default=None, help="how many (by the kind)")
+    storm.add_argument("--messages", type=int, default=None, help="of the burst (12)")
+    storm.add_argument("--pace", type=float, default=None, help="of them a second (20)")
+    storm.add_argument("--then-every", type=float, default=None, help="seconds between later ones (0.2; 0: none)")
+    storm.add_argument("--also", type=int, default=None, help="normal messages of others for each (0)")
+    storm.add_argument("--group", default=None, help="JID of the group of a sender_key")
+    storm.add_argument("--stop", action="store_true", help="no more messages of any; what is broken stays so")
+    storm.formatter_class = argparse.RawDescriptionHelpFormatter
+    storm.epilog = "\n".join(["kinds:", *(f"  {kind:<11} {does}" for kind, does in BAILEYS_STORMS.items())])
+    end = _add(gateway, "end", "sandbox:baileys_end", "a connection ends")
+    end.add_argument("code", type=int, help="as Baileys has it, such as 440, 401 or 515")
+    scan = _add(gateway, "scan", "sandbox:baileys_scan", "somebody scans the QR code")
+    for word in (say, storm, end, scan):
+        word.add_argument("--gateway", default="demo", help="its name (demo)")
+        word.add_argument("--session", default="1", help="as the gateway calls it (1)")
+    _add(gateway, "sessions", "sandbox:baileys_sessions", "the sessions, and how they stand", as_json=True)
+    calls = _add(gateway, "calls", "sandbox:baileys_calls", "what the simulated gateways were asked", as_json=True)
+    calls.add_argument("--limit", type=int, default=20)
+    calls.add_argument("--operation", default=None, choices=BAILEYS_PLACES)
+    calls.add_argument("--clear", action="store_true", help="forget them")
+    about = "let things go wrong, list them, or mend all (--clear)"
+    faults = _add(gateway, "faults", "sandbox:baileys_faults", about, as_json=True)
+    faults.add_argument("kind", nargs="?", choices=BAILEYS_KINDS, metavar="KIND", help="one of those below")
+    faults.add_argument("--place", default=None, choices=BAILEYS_PLACES, help="only there; else anywhere")
+    faults.add_argument("--gateway", default=None, help="only this one")
+    faults.add_argument("--session", default=None, help="only this one")
+    faults.add_argument("--share", type=float, default=None, help="of the calls, 0 to 1 (1)")
+    faults.add_argument("--count", type=int, default=None, help="ends after so many calls")
+    faults.add_argument("--seconds", type=float, default=None, help="ends after this time")
+    faults.add_argument("--http", type=int, default=None, help="status, for `html502…`")
+    faults.add_argument("--ms", type=int, default=None, help="for `latency`, and between the pieces of a `drip`")
+    faults.add_argument("--message", default=None, help="of `http…`")
+    faults.add_argument("--retry-after", type=int, default=None, help="seconds, a header of what is refused")
+    faults.add_argument("--clear", action="store_true", help="nothing goes wrong any more")
+    faults.formatter_class = argparse.RawDescriptionHelpFormatter
+    faults.epilog = "\n".join(["kinds:", *(f"  {kind:<17} {does}" for kind, does in BAILEYS_KINDS.items())])
+
     tenant = _group(commands, "tenant", "companies")
     create = _add(tenant, "create", "admin:create_tenant", "a new tenant", as_json=True)
     create.add_argument("slug")
@@ -185,14 +234,16 @@ def parser() -> argparse.ArgumentParser:
     channel = _group(commands, "channel", "numbers on providers")
     create = _add(channel, "create", "admin:create_channel", "a new channel", as_json=True)
     create.add_argument("tenant")
-    create.add_argument("kind", choices=["meta", "megaapi", "stub"])
+    create.add_argument("kind", choices=["meta", "megaapi", "baileys", "stub"])
     create.add_argument("--name", required=True)
     create.add_argument(
         "--config",
         required=True,
         help='JSON, or - to read it from standard input. Of meta: "phone_number_id", "waba_id", to send "access_token" '
         'and what `channel set` takes, and for an app of its own "app_secret", "verify_token", "app". Of megaapi: '
-        '"instance_key", "host" and "token" (MEGA_API_HOST, MEGA_API_TOKEN), and what `channel set` takes. Of stub: {}',
+        '"instance_key", "host" and "token" (MEGA_API_HOST, MEGA_API_TOKEN), and what `channel set` takes. Of baileys: '
+        '"gateway" (whaticket, ticketz, evolution, waha, fazer), "session", "host" (BACKEND_URL), "api_key", and what '
+        "`channel set` takes. Of stub: {}",
     )
     listing = _add(channel, "list", "admin:list_channels", "a tenant's channels", as_json=True)
     listing.add_argument("tenant")
@@ -201,9 +252,11 @@ def parser() -> argparse.ArgumentParser:
     change.add_argument(
         "--config",
         required=True,
-        help='JSON, or - for standard input: "messages_per_second" (80; megaapi 5), "on_unknown" ("once_more" or '
-        '"ask"), "settle_seconds" (60), "default" (true: for requests that name no channel); of megaapi also '
-        '"silent_after_hours" (24; 0: never) and "token_kind" ("instance" or "host"); null puts one back',
+        help='JSON, or - for standard input: "messages_per_second" (80; megaapi 5, baileys 2), "on_unknown" '
+        '("once_more" or "ask"), "settle_seconds" (60), "default" (true: for requests that name no channel); '
+        'of megaapi and baileys "silent_after_hours" (24; 0: never); of megaapi "token_kind" ("instance" or "host"); '
+        'of baileys "paths", "observe_seconds" (120), "auth", "store_url", "send_key", and what a repair may do: '
+        '"may_refresh_contacts", "may_drop_keys", "may_restore_creds" (false); null puts one back',
     )
     connect = _add(
         channel, "connect", "gateways:connect", "have a gateway deliver a channel's events to us", as_json=True
@@ -222,6 +275,41 @@ def parser() -> argparse.ArgumentParser:
     status = _add(channel, "status", "standing:status", "how the sessions of channels stand", as_json=True)
     status.add_argument("tenant", nargs="?", default=None, help="only this one's")
     status.add_argument("--check", action="store_true", help="ask their providers now; nothing is written")
+
+    session = _group(commands, "session", "sessions of Baileys gateways: their errors and repairs")
+    check = _add(session, "check", "sessions:check", "how sessions stand, and what is wrong with them", as_json=True)
+    check.add_argument("--ask", action="store_true", help="ask their gateways now, as is done for a single channel")
+    repair = _add(session, "repair", "sessions:repair", "repair a session now, or all that need it", as_json=True)
+    repair.add_argument("--dry-run", action="store_true", help="tell what would be done and why; nothing is touched")
+    repair.add_argument("--step", default=None, help="only this step of the ladder, by its number or name (docs)")
+    repair.add_argument("--no-wait", action="store_true", help="do not wait for what comes of it")
+    listing = _add(session, "history", "sessions:history", "incidents, steps and outcomes", as_json=True)
+    listing.add_argument("--limit", type=int, default=20)
+    pause = _add(session, "pause", "sessions:pause", "begin no further step; one under way is finished")
+    resume = _add(session, "resume", "sessions:resume", "end a pause")
+    named = "TENANT/NAME, the channel's id, or the session's name at its gateway; or all"
+    for word in (check, listing, pause, resume):
+        word.add_argument("channel", nargs="?", default="all", help=named)
+    repair.add_argument("channel", help=named)
+    numbers = _add(session, "stats", "sessions:stats", "looks, incidents, and what came of them", as_json=True)
+    numbers.add_argument("--days", type=int, default=30)
+    scan = _add(session, "scan", "session_logs:scan", "what logs tell of each session; no database", as_json=True)
+    scan.add_argument("logs", nargs="+", metavar="LOG", help="a file, also .gz, or - for standard input")
+    tail = _add(session, "follow", "session_logs:follow", "note what gateways write into their logs, until stopped")
+    tail.add_argument("logs", nargs="*", metavar="LOG", help="a file, or a pattern in quotes; it may come later")
+    tail.add_argument("--gateway", default=None, metavar="HOST", help="only channels of this one")
+    tail.add_argument("--tenant", default=None, help="only this one's channels")
+    tail.add_argument("--from-start", action="store_true", help="of logs that are new here: also what stands in them")
+    tail.add_argument("--name", default="", help="tells followers of equal paths on several machines apart")
+    for word, meaning in ((scan, "NAME"), (tail, "TENANT/NAME")):
+        whose = word.add_mutually_exclusive_group()
+        whose.add_argument(
+            "--attribute",
+            default=None,
+            metavar="FIELD",
+            help="of a record that names the session (whatsappId, session, …); `prefix`: the name before the bar",
+        )
+        whose.add_argument("--channel", default=None, metavar=meaning, help="the log is of this session alone")
 
     template = _group(commands, "template", "message templates, and what Meta thinks of them")
     sync = _add(template, "sync", "templates:sync", "ask Meta for all of them", as_json=True)

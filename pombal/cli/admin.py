@@ -36,6 +36,11 @@ _MUST_BE = {
     "default": "true or false",
     "silent_after_hours": "a number from 0 to 8760",
     "token_kind": "instance or host",
+    "gateway": "whaticket, ticketz, evolution, waha or fazer",
+    "observe_seconds": "a number from 10 to 3600",
+    "paths": "an object of texts",
+    "auth": 'an object with a "kind", files or ticketz',
+    **dict.fromkeys(("may_refresh_contacts", "may_drop_keys", "may_restore_creds"), "true or false"),
 }  # what is not a text
 
 C = TypeVar("C", bound="SendingConfig")
@@ -69,6 +74,10 @@ class SendingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         given = {field: getattr(self, field) for field in self.__struct_fields__ if field in self.SETTINGS}
         merged = config | {field: value for field, value in given.items() if value is not UNSET}
         return {field: value for field, value in merged.items() if value is not None}
+
+    def sealed_in(self, secrets: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        """The secrets, with those in it that are given here, of a channel of this `config`. Raises `Refused`."""
+        return secrets
 
 
 class MetaConfig(SendingConfig, forbid_unknown_fields=True, kw_only=True):
@@ -206,7 +215,7 @@ def _explained(said: str, into: type[SendingConfig]) -> str:
         return f"{match[1]} is not known here; there are {', '.join(into.__struct_fields__)}"
     if match := re.search(r"missing required field `(.*)`", said):
         return f"{match[1]} is required"
-    if match := re.search(r" - at `\$\.([a-z_]+)`", said):
+    if match := re.search(r" - at `\$\.([a-z_]+)", said):
         return f"{match[1]} must be {_MUST_BE.get(match[1], 'a text')}"
     return "must be an object"
 

@@ -119,6 +119,8 @@ def _postgres() -> Iterator[Finding]:
             yield from _held()
             yield from _not_synced()
             yield from _left_to_people()
+        if not check_secrets(settings()):
+            yield from _baileys()
     except Misconfigured as error:
         yield Finding("error", str(error))
     except DBAPIError as error:
@@ -180,12 +182,18 @@ def _without_token() -> Iterator[Finding]:
                 missing.append(name)
             by_instance.setdefault((host, channel.config.get("instance_key", "")), []).append(name)
     if missing:
-        yield Finding("warning", f"no access token, so nothing can be sent (`pombal channel token`): {_some(missing)}")
+        yield Finding("warning", f"no access token, so nothing can be sent (`pombal channel token`): {some(missing)}")
     if homeless:
-        yield Finding("warning", f"no host, and MEGA_API_HOST is not set: {_some(homeless)}")
+        yield Finding("warning", f"no host, and MEGA_API_HOST is not set: {some(homeless)}")
     for names in by_instance.values():
         if len(names) > 1:
-            yield Finding("warning", f"one instance, several channels; its events go to one of them: {_some(names)}")
+            yield Finding("warning", f"one instance, several channels; its events go to one of them: {some(names)}")
+
+
+def _baileys() -> Iterator[Finding]:
+    from pombal.cli import doctor_baileys  # which needs what is here
+
+    yield from doctor_baileys.findings()
 
 
 def _default_host() -> str:
@@ -211,7 +219,7 @@ def _held() -> Iterator[Finding]:
             if row["hold"]
         ]
     if held:
-        yield Finding("warning", f"sending is held (`pombal lanes`): {_some(held)}")
+        yield Finding("warning", f"sending is held (`pombal lanes`): {some(held)}")
 
 
 def _not_synced() -> Iterator[Finding]:
@@ -250,7 +258,7 @@ def _plural(word: str, number: int) -> str:
     return f"{word} is" if number == 1 else f"{word}s are"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from models import Channel, ChannelKind, Tenant, WebhookToken
 from pombal import db
-from pombal.cli import say
+from pombal.cli import baileys, say
 from pombal.cli.admin import (
     Refused,
     SendingConfig,
@@ -36,6 +36,7 @@ from pombal.cli.admin import (
     tenant_named,
     usable_token,
 )
+from pombal.cli.baileys import BaileysConfig, BaileysSettings
 from pombal.errors import Permanent, Rejected
 from pombal.ids import uuid7
 from pombal.settings import require_secrets, settings
@@ -44,6 +45,11 @@ from providers.http import Clients
 from providers.instance import Hook, Instance, InstanceFault
 from providers.megaapi import check_key, normal_host
 
+_CONNECTS = "`pombal channel connect` has the gateway deliver its events there."
+_BY_HAND = (
+    "This gateway has no call to set it: have its webhook post messages.upsert, messages.update and connection.update "
+    "there (docs/baileys.md)."
+)
 _EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg"}
 
 # What an operator can do about a fault, where its own text does not say it.
@@ -51,7 +57,7 @@ _ADVICE = {
     "refused": "give it another with `pombal channel token TENANT NAME`",
     "blocked_address": "hosts must be public; MEDIA_ALLOWED_NETWORKS lists networks that may be reached all the same",
     "edge_blocked": "that says nothing about the token; try again later",
-    "not_found": "see host and instance_key in `pombal channel list TENANT`",
+    "not_found": "see host and instance_key (of baileys: session) in `pombal channel list TENANT`",
 }
 
 T = TypeVar("T")
@@ -92,6 +98,7 @@ class StubConfig(SendingConfig, forbid_unknown_fields=True, kw_only=True):
 SETTINGS: dict[ChannelKind, type[SendingConfig]] = {
     ChannelKind.META: SendingConfig,
     ChannelKind.MEGAAPI: MegaSettings,
+    ChannelKind.BAILEYS: BaileysSettings,
     ChannelKind.STUB: StubConfig,
 }
 
@@ -103,11 +110,15 @@ def create(given: Namespace) -> int:
         channel = add_stub_channel(tenant, given.name, decoded(given.config, StubConfig))
         show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name})
         return 0
-    channel, token = add_mega_channel(tenant, given.name, decoded(given.config, MegaConfig))
-    webhook = webhook_path(tenant, token)
+    if given.kind == ChannelKind.BAILEYS:
+        channel, token = add_baileys_channel(tenant, given.name, decoded(given.config, BaileysConfig))
+    else:
+        channel, token = add_mega_channel(tenant, given.name, decoded(given.config, MegaConfig))
+    webhook = webhook_path(tenant, channel, token)
     show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "webhook": webhook})
     if not given.json:
-        say("This token is shown once. `pombal channel connect` has the gateway deliver its events there.")
+        has_hook = given.kind != ChannelKind.BAILEYS or baileys.can(channel.config, "set_hook")
+        say("This token is shown once. " + (_CONNECTS if has_hook else _BY_HAND))
     return 0
 
 
@@ -131,6 +142,16 @@ def add_mega_channel(tenant: Tenant, name: str, config: MegaConfig) -> tuple[Cha
     channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.MEGAAPI, name=name)
     channel.config = config.applied_to(kept)
     row, token = WebhookToken.make(tenant.id, channel.id, config.instance_key)
+    channel.seal(secrets | {"webhook_token": token})
+    _add(channel, row, host)
+    return channel, token
+
+
+def add_baileys_channel(tenant: Tenant, name: str, config: BaileysConfig) -> tuple[Channel, str]:
+    """A new channel on a Baileys gateway, and the token that its webhooks are to carry. Raises `Refused`."""
+    channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.BAILEYS, name=name)
+    channel.config, secrets, host = baileys.described(config)
+    row, token = WebhookToken.make(tenant.id, channel.id, channel.config["session"])
     channel.seal(secrets | {"webhook_token": token})
     _add(channel, row, host)
     return channel, token
@@ -162,11 +183,12 @@ def _add(channel: Channel, token: WebhookToken | None = None, host: str = "") ->
 def _refuse_a_second(s: Session, channel: Channel, host: str) -> None:
     """One instance is one channel of a tenant: its events go to one place."""
     s.execute(select(Tenant.id).where(Tenant.id == channel.tenant_id).with_for_update(key_share=True))  # one at a time
-    own = (Channel.tenant_id == channel.tenant_id, Channel.kind == ChannelKind.MEGAAPI)
+    field, default_host = _KEYS[ChannelKind(channel.kind)]
+    own = (Channel.tenant_id == channel.tenant_id, Channel.kind == channel.kind)
     for other in s.scalars(select(Channel).where(*own)):
-        has_key = other.config.get("instance_key") == channel.config["instance_key"]
-        if has_key and (other.config.get("host") or _default_host()) == host:
-            raise Refused(f"the channel {other.name} has this instance_key of this host already")
+        has_key = other.config.get(field) == channel.config[field]
+        if has_key and (other.config.get("host") or default_host()) == host:
+            raise Refused(f"the channel {other.name} has this {field} of this host already")
 
 
 def _host_or_default(text: str | None) -> str:
@@ -189,23 +211,36 @@ def _checked(check: Callable[[str], str], value: str, prefix: str = "") -> str:
         raise Refused(f"{prefix}{error}") from None
 
 
-def webhook_path(tenant: Tenant, token: str) -> str:
+def webhook_path(tenant: Tenant, channel: Channel, token: str) -> str:
+    if channel.kind == ChannelKind.BAILEYS:
+        return f"/api/webhooks/baileys/{channel.id}?token={token}"
     return f"/api/webhooks/whatsapp/{tenant.slug}?token={token}"
+
+
+# What a kind calls its instances, and the operator's own host.
+_KEYS: dict[ChannelKind, tuple[str, Callable[[], str]]] = {
+    ChannelKind.MEGAAPI: ("instance_key", _default_host),
+    ChannelKind.BAILEYS: ("session", baileys.default_host),
+}
 
 
 def connect(given: Namespace) -> int:
     """Our URL is set at the gateway and read back, and what was there before is said.
 
-    Any other token is ended only when that has shown the one in use.
+    Any other token is ended only when that has shown the one in use. Where a Baileys gateway cannot be told, an
+    operator is: with the URL, and its token.
     """
     require_secrets()
     base = _public(given.url)
     tenant, channel = _on_a_gateway(given)
+    if channel.kind == ChannelKind.BAILEYS and not baileys.can(channel.config, "set_hook"):
+        return _to_enter(given, base, tenant, channel)
     token = None if given.new_token else _token_in_use(channel)
     if is_new := token is None:
         token = _one_more_token(channel)
-    url = base + webhook_path(tenant, token)
-    before, found = _asked(channel, lambda gateway: _hook_set_to(gateway, url))
+    url = base + webhook_path(tenant, channel, token)
+    can_read = channel.kind != ChannelKind.BAILEYS or baileys.can(channel.config, "hook")
+    before, found = _asked(channel, lambda gateway: _hook_set_to(gateway, url, can_read=can_read))
     if found and found.url != url:
         raise Refused("the gateway took our URL, but shows another one")
     if found and not found.is_enabled:
@@ -214,7 +249,9 @@ def connect(given: Namespace) -> int:
         kept = locked(s, channel)
         if s.scalars(WebhookToken.presented(token)).first() is None:
             raise Refused("somebody else connected this channel at the same time: connect it once more")
-        kept.seal(kept.secrets() | {"webhook_token": token})
+        # A gateway that is told at each start where its events go (`providers/baileys.py`) must be told the same then.
+        told = {} if can_read else {"hook_url": url}
+        kept.seal(kept.secrets() | {"webhook_token": token} | told)
         if found:
             WebhookToken.end_others(s, channel.id, token)
     is_shown = found is not None
@@ -225,9 +262,35 @@ def connect(given: Namespace) -> int:
     return 0
 
 
-async def _hook_set_to(gateway: Instance, url: str) -> tuple[str, Hook | None]:
+def _to_enter(given: Namespace, base: str, tenant: Tenant, channel: Channel) -> int:
+    """What an operator configures at a gateway whose dialect has no call for it.
+
+    Nobody can read back what was entered, so a token before a new one goes on until this is asked for again.
+    """
+    token = None if given.new_token else _token_in_use(channel)
+    is_new = token is None
+    token = token or _one_more_token(channel)
+    with db.session([channel.tenant_id]) as s:
+        kept = locked(s, channel)
+        if is_new:
+            kept.seal(kept.secrets() | {"webhook_token": token})
+        else:
+            WebhookToken.end_others(s, channel.id, token)
+    url = base + webhook_path(tenant, channel, token)
+    show(given, {"id": channel.id, "name": channel.name, "webhook": url, "new_token": is_new, "read_back": False})
+    if not given.json:
+        say(_BY_HAND)
+        if given.new_token:
+            say("A token before this one stays valid until you `connect` once more, without --new-token.")
+    return 0
+
+
+async def _hook_set_to(gateway: Instance, url: str, *, can_read: bool) -> tuple[str, Hook | None]:
     """What the gateway showed before, in words, and what it shows afterwards; None when that cannot be read, since its
-    form is not documented."""
+    form is not documented, or it has no call for that."""
+    if not can_read:
+        await gateway.set_hook(url)
+        return "could not be read", None
     try:
         before = _described(await gateway.hook(), url)
     except InstanceFault as fault:  # what keeps it from being set as well is said then
@@ -273,7 +336,8 @@ def _token_in_use(channel: Channel) -> str | None:
 
 def _one_more_token(channel: Channel) -> str:
     """Valid from now on, so that nothing is refused between the gateway's change and ours."""
-    row, token = WebhookToken.make(channel.tenant_id, channel.id, channel.config["instance_key"])
+    field, _ = _KEYS[ChannelKind(channel.kind)]
+    row, token = WebhookToken.make(channel.tenant_id, channel.id, channel.config[field])
     with db.session([channel.tenant_id]) as s:
         s.add(row)
     return token
@@ -366,7 +430,7 @@ def _on_a_gateway(given: Namespace) -> tuple[Tenant, Channel]:
     """Raises `Refused` for a channel that has no gateway."""
     tenant = tenant_named(given.tenant)
     channel = channel_named(tenant, given.name)
-    if channel.kind != ChannelKind.MEGAAPI:
+    if channel.kind not in _KEYS:
         raise Refused(f"a channel of kind {channel.kind} is on no gateway")
     return tenant, channel
 

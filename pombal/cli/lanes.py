@@ -172,7 +172,7 @@ def hold(given: Namespace) -> int:
     reason = " ".join((given.reason or "held by an operator").split())
     if len(reason) > _LONGEST_REASON:
         raise Refused(f"--reason has more than {_LONGEST_REASON} characters")
-    tenant_id, channel_id = _channel(given.channel)
+    tenant_id, channel_id = channel_ids(given.channel)
     with db.session([tenant_id]) as s:
         Lane.ensure(s, tenant_id, channel_id)
         Lane.lock(s, [channel_id])
@@ -186,7 +186,7 @@ def hold(given: Namespace) -> int:
 
 def resume(given: Namespace) -> int:
     """End any hold or pause, whoever set it, and send again."""
-    tenant_id, channel_id = _channel(given.channel)
+    tenant_id, channel_id = channel_ids(given.channel)
     with db.session([tenant_id]) as s:
         Lane.ensure(s, tenant_id, channel_id)
         Lane.lock(s, [channel_id])
@@ -209,7 +209,7 @@ def ring(*channel_ids: UUID) -> None:
         say("Redis is away: the sweep rings when it is back")
 
 
-def _channel(name: str) -> tuple[UUID, UUID]:
+def channel_ids(name: str) -> tuple[UUID, UUID]:
     """The tenant's and the channel's id, by `TENANT/NAME`, by the channel's id, or by the beginning or end of it."""
     slug, slash, rest = name.partition("/")
     if slash:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from models import ChannelKind, Lane, Media
+from models import ChannelKind, Lane, Media, standing
 from pombal import db
 from pombal.cli import as_json, say
 from pombal.cli.admin import (
@@ -20,7 +20,7 @@ from pombal.cli.lanes import ring
 from pombal.settings import require_secrets
 
 # What a kind of channel calls its token among its secrets.
-_TOKENS = {ChannelKind.META: "access_token", ChannelKind.MEGAAPI: "token"}
+_TOKENS = {ChannelKind.META: "access_token", ChannelKind.MEGAAPI: "token", ChannelKind.BAILEYS: "api_key"}
 _SHORTEST_TOKEN = 8  # characters; Meta's have some two hundred
 
 
@@ -41,7 +41,7 @@ def token(given: Namespace) -> int:
         is_held = Lane.probe_now(s, channel.id)
         Media.wake(s, channel.tenant_id, channel.id)
     ring(channel.id)
-    if channel.kind == ChannelKind.MEGAAPI:
+    if channel.kind in standing.POLLED:
         check_soon(channel)
     say("sealed" + ("; sending is tried with it now" if is_held else ""))
     return 0
@@ -56,6 +56,9 @@ def change(given: Namespace) -> int:
             no_longer_default(s, channel.tenant_id)
         found = locked(s, channel)
         found.config = settings.applied_to(found.config)
+        kept = found.secrets()
+        if (secrets := settings.sealed_in(kept, found.config)) != kept:
+            found.seal(secrets)
     if given.json:
         as_json({"id": found.id, "name": found.name, "config": found.config})
     else:

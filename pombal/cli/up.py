@@ -37,11 +37,14 @@ from pombal.supervisor import Command, Supervisor
 if TYPE_CHECKING:
     from models import Channel, Tenant
 
-_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "clock")
-_APART = ("download_media", "status_sync", "channel_session")  # queues that have a process of their own
+_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "follower", "clock")
+_APART = ("download_media", "status_sync", "channel_session", "session_fixer")  # queues with a process of their own
 _SANDBOX_PORT = 9010
 _PERSON = "5511944440001"
 _GATEWAYS_NUMBER = "5511955550200"
+_BAILEYS_NUMBER = "5511955550300"
+_BAILEYS_GATEWAY = "demo"  # its name at the sandbox
+_REFRESH = {"refresh_contact": "POST /whatsapp/{session}/refresh/{jid}"}  # what no fork has: the simulated one
 _LOOPBACK = "127.0.0.1/32"
 # What the simulated Meta has approved of the demo channel, and what it has not.
 _TEMPLATES = [
@@ -120,6 +123,7 @@ class _Ending:
 # What `up` makes in its folder, apart from its lock: the folder may hold other things, or be somebody's home.
 _MADE = (
     *("pg[0-9][0-9]", "pg[0-9][0-9].new", "valkey", "media", "wiped-*"),
+    *("gateway", "gateway.log", "gateway.log.1"),
     *("postgres.log", "postgres.sockets", "valkey.log", "valkey.sockets"),
     *("env", "secret-keys", "demo.json", "sandbox.json", "pids.json"),
 )
@@ -179,16 +183,17 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     base_url, sandbox_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{sandbox_port}"
     file = data / "demo.json"
     demo: dict[str, Any] = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
-    demo = _demo_tenant(demo, sandbox_url)
+    demo = _demo_tenant(demo, sandbox_url, data)
     given = settings()
     demo |= {
         "base_url": base_url,
         "database_url": given.require_database(),
         "redis_url": given.require_redis(),
-        "sandbox": {"meta": sandbox_url, "megaapi": sandbox_url},
+        "sandbox": {"meta": sandbox_url, "megaapi": sandbox_url, "baileys": sandbox_url},
     }
     _write(file, demo)
-    _write(data / "sandbox.json", _played(demo, base_url))
+    (data / "gateway.log").touch(mode=0o600)  # followed from now on
+    _write(data / "sandbox.json", _played(demo, base_url, data))
     extra = {
         "POMBAL_SECRET_KEYS": given.secret_keys,
         "POMBAL_MODE": given.mode,
@@ -205,7 +210,7 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
     return demo
 
 
-def _played(demo: dict[str, Any], base_url: str) -> dict[str, Any]:
+def _played(demo: dict[str, Any], base_url: str, data: Path) -> dict[str, Any]:
     """What the sandbox is to play: the provider of each channel that `demo.json` knows."""
     channels = [(tenant, channel) for tenant in demo["tenants"] for channel in tenant["channels"]]
     names = ("name", "phone_number_id", "waba_id", "access_token")
@@ -229,10 +234,33 @@ def _played(demo: dict[str, Any], base_url: str) -> dict[str, Any]:
         for tenant, channel in channels
         if channel["kind"] == "megaapi"
     ]
-    return {"apps": apps, "megaapi": {"host_token": None, "instances": instances}}
+    sessions = [
+        {
+            "session": channel["session"],
+            "name": channel["name"],
+            "number": _BAILEYS_NUMBER,
+            "webhook_url": f"{base_url}/api/webhooks/baileys/{channel['id']}?token={channel['webhook_token']}",
+        }
+        for _, channel in channels
+        if channel["kind"] == "baileys"
+    ]
+    gateways = [
+        {
+            "name": _BAILEYS_GATEWAY,
+            "dialect": "whaticket",
+            "api_key": next(channel["api_key"] for _, channel in channels if channel["kind"] == "baileys"),
+            "root": str(data / "gateway" / _BAILEYS_GATEWAY),
+            "log": str(data / "gateway.log"),
+            "session_field": "whatsappId",
+            "paths": _REFRESH,
+            "sessions": sessions,
+        }
+    ]
+    megaapi = {"host_token": None, "instances": instances}
+    return {"apps": apps, "megaapi": megaapi, "baileys": {"gateways": gateways}}
 
 
-def _demo_tenant(kept: dict[str, Any], sandbox_url: str) -> dict[str, Any]:
+def _demo_tenant(kept: dict[str, Any], sandbox_url: str, data: Path) -> dict[str, Any]:
     """What `demo.json` has to say of the demo tenant: what it said, if the database agrees, else what is found or made.
 
     An earlier start may have been killed between the database and the file, or have used another database.
@@ -244,7 +272,12 @@ def _demo_tenant(kept: dict[str, Any], sandbox_url: str) -> dict[str, Any]:
     with db.session() as s:
         tenant = s.scalars(Tenant.by_slug("demo")).first()
     tenant = tenant or admin.add_tenant("demo", "Demo")
-    channels = [_demo_meta(tenant), _demo_megaapi(tenant, sandbox_url), _demo_stub(tenant)]
+    channels = [
+        _demo_meta(tenant),
+        _demo_megaapi(tenant, sandbox_url),
+        _demo_baileys(tenant, sandbox_url, data),
+        _demo_stub(tenant),
+    ]
     if kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == channels[0]["id"]:
         ours = {channel["id"] for channel in channels}
         others = [channel for channel in kept["tenants"][0]["channels"] if channel["id"] not in ours]
@@ -318,6 +351,44 @@ def _demo_megaapi(tenant: "Tenant", sandbox_url: str) -> dict[str, Any]:
     }
 
 
+def _demo_baileys(tenant: "Tenant", sandbox_url: str, data: Path) -> dict[str, Any]:
+    """A channel on the simulated Baileys gateway, whose session a repair may do everything to."""
+    from pombal import db
+    from pombal.cli import admin, baileys, gateways
+
+    channel = _channel_of(tenant, "demo-baileys")
+    host, folder = f"{sandbox_url}/baileys/{_BAILEYS_GATEWAY}", str(data / "gateway" / _BAILEYS_GATEWAY)
+    if channel is None:
+        config = baileys.BaileysConfig(
+            gateway="whaticket",
+            session="1",
+            host=host,
+            api_key=new_token(),
+            paths=_REFRESH,
+            auth=baileys.Auth(kind="files", folder=folder),
+            observe_seconds=10,
+            may_refresh_contacts=True,
+            may_drop_keys=True,
+            may_restore_creds=True,
+        )
+        channel, _ = gateways.add_baileys_channel(tenant, "demo-baileys", config)
+    with db.session([tenant.id]) as s:
+        found = admin.locked(s, channel)
+        if found.config["host"].startswith("http://127.0.0.1:"):
+            found.config = found.config | {"host": host, "auth": {"kind": "files", "folder": folder}}
+        config_now, secrets = found.config, found.secrets()
+    return {
+        "id": str(channel.id),
+        "kind": channel.kind,
+        "name": channel.name,
+        "gateway": config_now["gateway"],
+        "host": config_now["host"],
+        "session": config_now["session"],
+        "api_key": secrets["api_key"],
+        "webhook_token": secrets["webhook_token"],
+    }
+
+
 def _demo_stub(tenant: "Tenant") -> dict[str, Any]:
     from pombal.cli import gateways
 
@@ -369,6 +440,8 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
         "media": ["worker", "download_media", "--threads", "24"],
         "upkeep": ["worker", "status_sync"],
         "sessions": ["worker", "channel_session", "--threads", "8"],
+        "fixer": ["worker", "session_fixer"],
+        "follower": ["session", "follow", str(data / "gateway.log"), "--attribute", "whatsappId"],
         "clock": ["clock"],
     }
     env = {**os.environ, "POMBAL_NO_BOOTSTRAP": "1"}

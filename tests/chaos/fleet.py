@@ -183,7 +183,7 @@ class Fleet:
     def wanted(self) -> list[str]:
         if "--procs" in self.options:
             return self.options[self.options.index("--procs") + 1].split(",")
-        names = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "clock")
+        names = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "follower", "clock")
         return [name for name in names if f"--no-{name}" not in self.options]
 
     # ---------------------------------------------------------------------------------------------------- processes
@@ -227,7 +227,7 @@ class Fleet:
         """SIGKILL and nothing more."""
         pid = self.identity(name)
         assert pid is not None
-        if name in ("worker", "media", "upkeep", "sessions"):
+        if name in ("worker", "media", "upkeep", "sessions", "fixer"):
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)

@@ -315,13 +315,15 @@ def test_up_writes_down_what_scripts_need(fleet: Fleet) -> None:
     assert answers(f"{demo['base_url']}/health")
     (tenant,) = demo["tenants"]
     assert (set(tenant), tenant["slug"], tenant["sip"]) == ({"slug", "api_key", "channels", "sip"}, "demo", [])
-    channel, on_a_gateway, stub = tenant["channels"]
+    channel, on_a_gateway, on_baileys, stub = tenant["channels"]
     fields = {"id", "kind", "name", "phone_number_id", "waba_id", "app_secret", "verify_token", "access_token"}
     assert (set(channel), channel["kind"]) == (fields, "meta")
     fields = {"id", "kind", "name", "host", "instance_key", "token", "webhook_token"}
     assert (set(on_a_gateway), on_a_gateway["kind"]) == (fields, "megaapi")
+    fields = {"id", "kind", "name", "gateway", "host", "session", "api_key", "webhook_token"}
+    assert (set(on_baileys), on_baileys["kind"]) == (fields, "baileys")
     assert (set(stub), stub["kind"]) == ({"id", "kind", "name"}, "stub")
-    assert demo["sandbox"] == {"meta": on_a_gateway["host"], "megaapi": on_a_gateway["host"]}
+    assert demo["sandbox"] == dict.fromkeys(("meta", "megaapi", "baileys"), on_a_gateway["host"])
     bearer = {"Authorization": f"Bearer {tenant['api_key']}"}
     mine = httpx.get(f"{fleet.url}/api/v1/channels", headers=bearer, trust_env=False).json()
     assert {one["id"] for one in mine["data"]} == {one["id"] for one in tenant["channels"]}

@@ -110,7 +110,7 @@ def test_what_is_old_or_of_an_incident_that_is_over_does_not_count_again(channel
     record(*[row(channel, f"M{n}", ago(20)) for n in range(6)])
     assert tally(channel).at_once == 6
     with db.session([channel.tenant_id]) as s:
-        made = {"host": "h", "cause": "ratchet", "since": ago(20), "evidence": {}}
+        made: dict[str, Any] = {"host": "h", "cause": "ratchet", "since": ago(20), "evidence": {}}
         assert Repair.open(s, channel.tenant_id, channel.id, **made) is not None
         assert Repair.open(s, channel.tenant_id, channel.id, **made) is None  # one at a time
     with db.session([channel.tenant_id]) as s:

@@ -686,7 +686,7 @@ def test_up_has_a_gateway_that_delivers_and_is_sent_through(tmp_path: Path) -> N
     with Fleet(tmp_path / "up", "--procs", "web", WHATSAPP_STUB_FAST="1").start() as fleet:
         assert "WHATSAPP_STUB_FAST=1\n" in (fleet.data / "env").read_text()
         now = fleet.demo["tenants"][0]
-        assert [one["name"] for one in now["channels"]] == ["demo-meta", "demo-megaapi", "demo-stub"]
+        assert [one["name"] for one in now["channels"]] == ["demo-meta", "demo-megaapi", "demo-baileys", "demo-stub"]
         assert (now["api_key"], now["channels"][0]["id"]) == (tenant["api_key"], tenant["channels"][0]["id"])
         assert channel_of(fleet, send(fleet, channel=None)) == tenant["channels"][0]["id"]
         fleet.stop()

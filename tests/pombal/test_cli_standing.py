@@ -25,7 +25,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
     settings.cache_clear()
     with superuser() as connection:
-        connection.execute("UPDATE channel SET kind = 'stub' WHERE kind = 'megaapi'")
+        connection.execute("UPDATE channel SET kind = 'stub' WHERE kind IN ('megaapi', 'baileys')")
         connection.execute("DELETE FROM sync_report")
         connection.execute("DELETE FROM lease")
     yield

@@ -60,7 +60,7 @@ def test_the_procfile_starts_what_there_is() -> None:
     assert {"release", "web", "worker", "clock"} <= set(commands)
     for words in commands.values():
         assert words[:3] == ["python", "-m", "pombal"]
-        assert parse(words[3:]).command in ("migrate", "web", "worker", "clock")
+        assert parse(words[3:]).command in ("migrate", "web", "worker", "session", "clock")
 
 
 @pytest.mark.parametrize("queue", queues())

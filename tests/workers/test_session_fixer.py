@@ -1,0 +1,606 @@
+"""Repairs of one session against a gateway that plays along or does not: the order of things, what is never touched,
+and what is left when everything dies in between (F3, F4)."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from models import Channel, Repair, RepairPause, SessionEnd, SessionError, Tenant
+from models.repair import Step
+from pombal import db
+from pombal.cli.baileys import BaileysConfig
+from pombal.cli.gateways import add_baileys_channel
+from pombal.settings import settings
+from sandbox import client
+from tests.factories import a_tenant, superuser
+from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.workers.tools import until
+from workers.session_fixer import inspect, session_fixer
+
+JIDS = [f"55119444400{n:02d}@s.whatsapp.net" for n in range(1, 13)]
+_REFRESH = {"refresh_contact": "POST /whatsapp/{session}/refresh/{jid}"}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, queues: None) -> Iterator[None]:
+    """Loopback may be asked; no repair of another test is in the way."""
+    monkeypatch.setenv("MEDIA_ALLOWED_NETWORKS", "127.0.0.0/8")
+    settings.cache_clear()
+    with superuser() as connection:
+        for table in ("repair", "repair_pause"):
+            connection.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
+    yield
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+@pytest.fixture
+def baileys() -> Iterator[Baileys]:
+    with a_baileys() as its:
+        yield its
+
+
+@pytest.fixture
+def tenant() -> Tenant:
+    return a_tenant()
+
+
+def a_session(
+    its: Baileys,
+    tenant: Tenant,
+    *,
+    gateway: str = "g1",
+    session: str = "26",
+    paths: dict[str, str] | None = None,
+    **config: Any,
+) -> Channel:
+    """A channel, and its session on a gateway of the Whaticket family, connected and with some contacts."""
+    if gateway not in {one["name"] for one in client.baileys_gateways(its.url)["gateways"]}:
+        its.gateway(gateway, "whaticket", api_key="key", paths=_REFRESH if paths is None else paths)
+    its.session(gateway, session, contacts=4)
+    given: dict[str, Any] = {"paths": paths} if paths else {}
+    made = BaileysConfig(gateway="whaticket", session=session, host=its.host(gateway), api_key="key", **given)
+    channel, _ = add_baileys_channel(tenant, f"{gateway}-{session}", made)
+    quick = {"observe_seconds": 0.2, "cool_down_seconds": 0, **config}
+    with superuser() as connection:
+        connection.execute(
+            "UPDATE channel SET config = config || %s::jsonb WHERE id = %s", [json.dumps(quick), channel.id]
+        )
+    return channel
+
+
+def with_keys(its: Baileys, gateway: str = "g1") -> dict[str, Any]:
+    """What a channel says whose keys may be touched."""
+    auth = {"kind": "files", "folder": str(its.folder(gateway, "x").parent)}
+    return {"auth": auth, "may_refresh_contacts": True, "may_drop_keys": True, "may_restore_creds": True}
+
+
+def fail(channel: Channel, contacts: int = 8, count: int = 8, cause: str = "prekey") -> None:
+    """So many messages of so many contacts could not be decrypted just now."""
+    now = datetime.now(UTC)
+    rows = [
+        {
+            "tenant_id": channel.tenant_id,
+            "channel_id": channel.id,
+            "jid": JIDS[n % contacts],
+            "message_id": uuid4().hex.upper(),
+            "participant": "",
+            "cause": cause,
+            "source": "webhook",
+            "at": now,
+        }
+        for n in range(count)
+    ]
+    with db.session([channel.tenant_id]) as s:
+        SessionError.record(s, rows)
+
+
+def arrive(channel: Channel, contacts: int = 4) -> None:
+    """One message of each of these contacts could be decrypted just now."""
+    with superuser() as connection:
+        for jid in JIDS[:contacts]:
+            given = {"t": channel.tenant_id, "c": channel.id, "v": jid.partition("@")[0], "n": uuid4(), "m": uuid4()}
+            for order in (
+                "INSERT INTO contact (tenant_id, id) VALUES (%(t)s, %(n)s)",
+                "INSERT INTO contact_identity (tenant_id, channel_id, kind, value, contact_id)"
+                " VALUES (%(t)s, %(c)s, 'phone', %(v)s, %(n)s) ON CONFLICT DO NOTHING",
+                "INSERT INTO conversation (tenant_id, id, channel_id, contact_id)"
+                " SELECT tenant_id, contact_id, channel_id, contact_id FROM contact_identity"
+                " WHERE channel_id = %(c)s AND value = %(v)s ON CONFLICT DO NOTHING",
+                "INSERT INTO message (tenant_id, id, channel_id, conversation_id, contact_id, direction, type, body,"
+                " provider_id, status) SELECT tenant_id, %(m)s, channel_id, contact_id, contact_id, 'in', 'text',"
+                " '{}', %(m)s::text, 'received' FROM contact_identity WHERE channel_id = %(c)s AND value = %(v)s",
+            ):
+                connection.execute(order, given)
+
+
+def incident(channel: Channel) -> dict[str, Any]:
+    """The newest one, with the steps that were acts in `acts`."""
+    with superuser() as connection:
+        found = connection.execute(
+            "SELECT state, outcome, step, phase, steps, says, asked_for_qr, evidence, claim_token FROM repair"
+            " WHERE channel_id = %s ORDER BY opened_at DESC LIMIT 1",
+            [channel.id],
+        )
+        names = [column.name for column in found.description or ()]
+        row = found.fetchone()
+    assert row is not None, "no incident"
+    told = dict(zip(names, row, strict=True))
+    told["acts"] = [(one["step"], one["outcome"]) for one in told["steps"] if one["is_act"]]
+    return told
+
+
+def go_on(channel: Channel) -> None:
+    """Whatever waits falls due, and is worked on in this process."""
+    with superuser() as connection:
+        connection.execute(
+            "UPDATE repair SET next_at = now() WHERE channel_id = %s AND claim_token IS NULL", [channel.id]
+        )
+    session_fixer.fn(str(channel.tenant_id), str(channel.id))
+
+
+def walk(channel: Channel, **wanted: Any) -> dict[str, Any]:
+    """Go on until the incident is as wanted."""
+    told: dict[str, Any] = {}
+
+    def is_there() -> bool:
+        nonlocal told
+        go_on(channel)
+        told = incident(channel)
+        return all(told[name] == value for name, value in wanted.items())
+
+    try:
+        until(is_there, f"the incident is {wanted}")
+    except AssertionError:
+        raise AssertionError(f"the incident is not {wanted}, but {told}") from None
+    return told
+
+
+def done(its: Baileys, gateway: str = "g1") -> list[tuple[str, str]]:
+    """The calls that change something."""
+    calls = its.calls(limit=1000, gateway=gateway)
+    return [(one["session"], one["operation"]) for one in calls if one["operation"] in _CHANGING]
+
+
+_CHANGING = ("start", "stop", "restart", "logout", "reset", "refresh_contact", "send")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the mild ones
+
+
+def test_what_heals_by_itself_is_only_observed(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, phase="watching", step="observe")
+    arrive(channel)
+
+    told = walk(channel, state="closed")
+
+    assert (told["outcome"], told["acts"]) == ("healed", [])
+    assert done(baileys) == []
+
+
+def test_five_errors_are_no_incident(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel, count=5)
+
+    assert inspect(channel.tenant_id, channel.id).at_once == 5
+    with superuser() as connection:
+        assert connection.execute("SELECT count(*) FROM repair").fetchone() == (0,)
+
+
+def test_a_restart_is_a_confirmed_stop_and_a_start_and_messages_are_its_proof(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    before = tree(baileys.folder("g1", "26"))
+    fail(channel)
+
+    walk(channel, step="restart", phase="watching")
+    assert done(baileys) == [("26", "stop"), ("26", "start")]
+    assert baileys.state("g1", "26") == "open"
+    go_on(channel)
+    assert incident(channel)["state"] == "open"  # connected is no proof
+    arrive(channel)
+    told = walk(channel, state="closed")
+
+    assert (told["outcome"], told["acts"]) == ("repaired", [("restart", "repaired")])
+    kept = tree(baileys.folder("g1", "26"))
+    assert {name: kept[name] for name in before if name != "creds.json" and "pre-key" not in name} == {
+        name: digest for name, digest in before.items() if name != "creds.json" and "pre-key" not in name
+    }
+
+
+def test_few_contacts_are_refreshed_and_nothing_is_stopped(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, paths=_REFRESH)
+    fail(channel, contacts=2, cause="ratchet")
+
+    walk(channel, step="contact_refresh", phase="watching")
+    arrive(channel)
+    told = walk(channel, state="closed")
+
+    assert told["outcome"] == "repaired"
+    assert done(baileys) == [("26", "refresh_contact")] * 2
+
+
+def test_what_did_not_help_is_followed_by_the_next_step(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    other = a_session(baileys, tenant, session="27")
+    theirs = tree(baileys.folder("g1", "27"))
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    fail(channel, count=1)  # still
+
+    walk(channel, step="drop_keys", phase="watching")
+    names = set(tree(baileys.folder("g1", "26")))
+    arrive(channel)
+    told = walk(channel, state="closed")
+
+    assert [step for step, _ in told["acts"]] == ["restart", "drop_keys"]
+    assert told["outcome"] == "repaired"
+    assert "creds.json" in names
+    assert any(name.startswith("pre-key") for name in names)
+    assert baileys.violations() == []
+    assert tree(baileys.folder("g1", "27")) == theirs
+    assert {session for session, _ in done(baileys)} == {"26"}
+    assert other.id != channel.id
+
+
+def test_only_a_groups_sender_keys_are_dropped_for_its_errors(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    storm = baileys.storm("g1", "26", "sender_key", messages=8, then_every=0)
+    folder = baileys.folder("g1", "26")
+    until(lambda: any(path.name.startswith("sender-key") for path in folder.iterdir()), "the group has keys")
+    group = baileys.progress(storm)["group"]
+    sessions = {name for name in tree(folder) if name.startswith("session-")}
+    with db.session([channel.tenant_id]) as s:
+        rows = [
+            {
+                "tenant_id": channel.tenant_id,
+                "channel_id": channel.id,
+                "jid": group,
+                "participant": JIDS[n % 3],
+                "message_id": f"G{n}",
+                "cause": "sender_key",
+                "source": "webhook",
+                "at": datetime.now(UTC),
+            }
+            for n in range(8)
+        ]
+        SessionError.record(s, rows)
+
+    told = walk(channel, step="drop_keys", phase="watching")
+
+    dropped = [one["name"] for one in baileys.touches() if one["what"] == "deleted"]
+    assert dropped
+    assert all(name.startswith("sender-key") and group in name for name in dropped)
+    assert sessions <= set(tree(folder))
+    assert told["steps"][-1]["details"]["dropped"] == len(dropped)
+
+
+# ----------------------------------------------------------------------------------------------- what stands in its way
+
+
+@pytest.mark.parametrize("down", ["reset", "500", "unhealthy"])
+def test_nothing_is_touched_while_the_gateway_is_not_well(baileys: Baileys, tenant: Tenant, down: str) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    before = tree(baileys.folder("g1", "26"))
+    fail(channel)
+    walk(channel, phase="watching", step="observe")
+    baileys.habits("g1", down=down)
+
+    def has_been_refused() -> bool:
+        go_on(channel)
+        return str(incident(channel)["says"]).startswith("the gateway")
+
+    until(has_been_refused, "it waits for the gateway")
+    assert done(baileys) == []
+    assert tree(baileys.folder("g1", "26")) == before
+
+    baileys.habits("g1", down=None)
+    walk(channel, step="restart", phase="watching")
+
+
+def test_a_qr_code_after_the_start_is_a_persons_and_never_provoked_again(baileys: Baileys, tenant: Tenant) -> None:
+    channel, other = a_session(baileys, tenant), a_session(baileys, tenant, session="27")
+    baileys.habits("g1", "26", asks_qr_after_start=True)
+    fail(channel)
+
+    told = walk(channel, state="waiting")
+
+    assert told["asked_for_qr"]
+    assert told["acts"] == [("restart", "asked_for_qr")]
+    assert done(baileys) == [("26", "stop"), ("26", "start")]
+    go_on(channel)
+    fail(other)
+    told = walk(other, state="waiting")
+    assert told["acts"] == []
+    assert [one["step"] for one in told["steps"] if one["outcome"] == "skipped"] == ["restart", "drop_keys"]
+    assert done(baileys) == [("26", "stop"), ("26", "start")]
+
+
+def test_a_socket_that_does_not_close_keeps_its_keys(
+    baileys: Baileys, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers._repair._STOPS_WITHIN", 1.0)
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    baileys.habits("g1", "26", stop_is_ignored=True)
+    before = tree(baileys.folder("g1", "26"))
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    fail(channel, count=1)
+
+    told = walk(channel, step="drop_keys", phase="watching")
+
+    assert told["steps"][-1]["details"] == {"trouble": "not_stopped"}
+    assert tree(baileys.folder("g1", "26")).keys() >= before.keys()
+    assert baileys.state("g1", "26") == "open"
+
+
+@pytest.mark.parametrize(("code", "word"), [(440, "another process"), (405, "version"), (401, "logged")])
+def test_a_cause_that_no_repair_cures_is_a_persons(baileys: Baileys, tenant: Tenant, code: int, word: str) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    end = {"tenant_id": channel.tenant_id, "channel_id": channel.id, "code": code, "source": "webhook"}
+    with db.session([channel.tenant_id]) as s:
+        SessionEnd.note(s, [{**end, "at": datetime.now(UTC)}])
+
+    told = walk(channel, state="waiting")
+
+    assert word in told["says"]
+    assert done(baileys) == []
+    arrive(channel)  # the person has settled it
+    assert walk(channel, state="closed")["outcome"] == "healed"
+
+
+def test_nothing_is_begun_while_it_is_paused(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    with db.session() as s:
+        RepairPause.set(s, str(channel.id))
+    fail(channel)
+    walk(channel, step="cause")
+    go_on(channel)
+    assert "paused" in incident(channel)["says"]
+    with db.session() as s:
+        RepairPause.end(s, str(channel.id))
+        RepairPause.set(s, "all")
+    go_on(channel)
+    assert "all repairs are paused" in incident(channel)["says"]
+    assert done(baileys) == []
+    with db.session() as s:
+        RepairPause.end(s, "all")
+
+    walk(channel, step="restart", phase="watching")
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Turn the emergency stop."""
+
+    def turn(mode: str) -> None:
+        monkeypatch.setenv("POMBAL_SESSION_FIXER", mode)
+        settings.cache_clear()
+
+    return turn
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_the_emergency_stop_holds(baileys: Baileys, tenant: Tenant, mode: str, turned: Callable[[str], None]) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    turned("off")
+    go_on(channel)
+    with superuser() as connection:
+        assert connection.execute("SELECT count(*) FROM repair").fetchone() == (0,)
+    turned("observe")  # an incident is seen, and nothing is done
+    walk(channel, step="cause")
+    turned(mode)
+
+    walk(channel, says=f"POMBAL_SESSION_FIXER is {mode}: it would look for the cause")
+
+    assert done(baileys) == []
+
+
+def test_a_stopped_session_is_started_whatever_somebody_wants_by_then(
+    baileys: Baileys, tenant: Tenant, turned: Callable[[str], None]
+) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    baileys.habits("g1", "26", stop_is_ignored=True)
+    walk(channel, step="restart", phase="stopping")
+    turned("off")
+    baileys.habits("g1", "26", stop_is_ignored=False)
+
+    walk(channel, phase="watching", step="restart")
+
+    assert baileys.state("g1", "26") == "open"
+
+
+def test_steps_cool_down_and_three_a_day_are_enough(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, cool_down_seconds=600)
+    for n in range(3):
+        fail(channel)
+        walk(channel, step="restart", phase="planned")
+        if n:
+            go_on(channel)
+            assert "cools down" in incident(channel)["says"]
+            with superuser() as connection:  # ten minutes, then twenty
+                connection.execute(
+                    """UPDATE repair SET steps = (SELECT jsonb_agg(one || jsonb_build_object('at',
+                        (one ->> 'at')::timestamptz - %s)) FROM jsonb_array_elements(steps) AS one)
+                        WHERE channel_id = %s AND steps <> '[]'""",
+                    [timedelta(minutes=10.5 * n), channel.id],
+                )
+        walk(channel, step="restart", phase="watching")
+        arrive(channel)
+        assert walk(channel, state="closed")["outcome"] == "repaired"
+    assert done(baileys) == [("26", "stop"), ("26", "start")] * 3
+
+    fail(channel)
+    told = walk(channel, state="waiting")
+
+    assert "3 steps in a day" in told["says"]
+    assert done(baileys) == [("26", "stop"), ("26", "start")] * 3
+
+
+def test_nobody_writing_is_no_proof(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+
+    def goes_on() -> bool:
+        go_on(channel)
+        return "nobody has written" in str(incident(channel)["says"])
+
+    until(goes_on, "it goes on watching")
+
+    assert incident(channel)["state"] == "open"
+    with superuser() as connection:
+        connection.execute("UPDATE repair SET phase_at = phase_at - interval '2 days'")
+    assert walk(channel, state="closed")["outcome"] == "unproven"
+
+
+# ------------------------------------------------------------------------------------------------------ crashes, rivals
+
+_RUN = """
+import sys
+from workers.session_fixer import session_fixer
+session_fixer.fn(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "moment"),
+    [
+        ("health", "hang_before"),
+        ("stop", "hang_before"),
+        ("stop", "hang_after"),
+        ("list", "hang_after"),
+        ("start", "hang_before"),
+        ("start", "hang_after"),
+    ],
+)
+def test_a_kill_at_any_call_ends_in_a_started_session(
+    baileys: Baileys, tenant: Tenant, operation: str, moment: str
+) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    fail(channel)
+    walk(channel, step="restart", phase="planned")
+    baileys.faults(moment, place=operation)
+    process = subprocess.Popen([sys.executable, "-c", _RUN, str(channel.tenant_id), str(channel.id)])
+    until(lambda: any(one["operation"] == operation for one in baileys.calls(limit=99)), "it is at that call")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    client.baileys_clear_faults(baileys.url)
+
+    with superuser() as connection:  # the claim runs out
+        connection.execute("UPDATE repair SET next_at = now() WHERE channel_id = %s", [channel.id])
+    walk(channel, step="restart", phase="watching")
+    arrive(channel)
+    told = walk(channel, state="closed")
+
+    assert told["acts"] == [("restart", "repaired")]
+    assert baileys.state("g1", "26") == "open"
+
+
+def test_two_fixers_at_once_make_one_repair(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    stop = threading.Event()
+
+    def fix() -> None:
+        while not stop.is_set():
+            session_fixer.fn(str(channel.tenant_id), str(channel.id))
+
+    threads = [threading.Thread(target=fix) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: _is(channel, step="restart", phase="watching"), "it is restarted")
+        arrive(channel)
+        until(lambda: _is(channel, state="closed"), "it is over")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+    assert done(baileys) == [("26", "stop"), ("26", "start")]
+    with superuser() as connection:
+        assert connection.execute("SELECT count(*) FROM repair").fetchone() == (1,)
+
+
+def _is(channel: Channel, **wanted: Any) -> bool:
+    with superuser() as connection:
+        found = connection.execute("SELECT count(*) FROM repair WHERE channel_id = %s", [channel.id]).fetchone()
+    if found == (0,):
+        return False
+    told = incident(channel)
+    return all(told[name] == value for name, value in wanted.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_one_step_by_hand_is_that_step_alone(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    id_ = opened_by_hand(channel, Step.RESTART)
+    walk(channel, step="restart", phase="watching")
+    fail(channel, count=1)
+
+    told = walk(channel, state="closed")
+
+    assert (told["outcome"], told["acts"]) == ("unrepaired", [("restart", "failed")])
+    assert id_ is not None
+
+
+def opened_by_hand(channel: Channel, step: Step) -> UUID | None:
+    with db.session([channel.tenant_id]) as s:
+        return Repair.open(
+            s,
+            channel.tenant_id,
+            channel.id,
+            host="http://h",
+            cause="none",
+            since=datetime.now(UTC),
+            evidence={},
+            wanted_step=step,
+            is_by_hand=True,
+        )
+
+
+def test_a_note_of_each_step_is_written_to_the_session_log(
+    baileys: Baileys, tenant: Tenant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SESSION_LOG", str(tmp_path / "sessions.log"))
+    settings.cache_clear()
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    arrive(channel)
+    walk(channel, state="closed")
+
+    lines = (tmp_path / "sessions.log").read_text().splitlines()
+    assert all(line.startswith("[20") and "] g1-26: " in line for line in lines)
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines] == [
+        "incident opened",
+        "observe",
+        "restart",
+        "repaired",
+    ]
+    assert not any(jid.partition("@")[0] in line for jid in JIDS for line in lines)
