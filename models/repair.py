@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from models.base import Base, Dated, Tenanted, belongs_to, id_column
 from pombal.ids import uuid7
 
-CLAIM = timedelta(seconds=45)  # longer than a phase may take: a call that hangs, and a look after it
+CLAIM = timedelta(seconds=90)  # longer than a phase may take: calls that hang, and a store of keys that is slow
 _RING_AGAIN = timedelta(seconds=10)
 
 
@@ -58,7 +58,7 @@ class Phase(StrEnum):
     WATCHING = "watching"  # for the proof
 
 
-MAY_BE_STOPPED = (Phase.STOPPING, Phase.STOPPED, Phase.STARTING)
+MAY_BE_STOPPED = (Phase.STOPPING, Phase.STOPPED, Phase.ACTING, Phase.STARTING)
 
 
 class RepairOutcome(StrEnum):
@@ -106,7 +106,8 @@ class Repair(Tenanted, Dated, Base):
     step_at: Mapped[datetime] = mapped_column(server_default=func.now())
     failures: Mapped[int] = mapped_column(server_default=text("0"))  # of this phase, in a row
     says: Mapped[str | None]  # why it waits, for whoever looks
-    names: Mapped[list[str] | None] = mapped_column(JSONB)  # of the keys that this step drops; they hold phone numbers
+    # What this step works on: keys to drop or contacts to refresh. They hold phone numbers: dropped with the step.
+    names: Mapped[list[str] | None] = mapped_column(JSONB)
     asked_for_qr: Mapped[bool] = mapped_column(server_default=text("false"))
     next_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # also when a claim runs out
     next_ring_at: Mapped[datetime | None]
@@ -127,7 +128,8 @@ class Repair(Tenanted, Dated, Base):
         wanted_step: Step | None = None,
         is_by_hand: bool = False,
     ) -> UUID | None:
-        """The id of a new incident; None when there is one that is not closed."""
+        """The id of a new incident; None when there is one that is not closed, or the errors are of one that was closed
+        since they were counted."""
         given = {
             "id": uuid7(),
             "tenant_id": tenant_id,
@@ -141,6 +143,9 @@ class Repair(Tenanted, Dated, Base):
             "again": _RING_AGAIN,
         }
         made: UUID | None = s.scalar(_OPEN, given)
+        # A statement of its own: whoever closed the former one has committed by now, or we could not have made ours.
+        if made is not None and not is_by_hand and s.scalar(_DROP_STALE, given) is not None:
+            return None
         return made
 
     @staticmethod
@@ -182,6 +187,16 @@ class Repair(Tenanted, Dated, Base):
     def asked_for_a_qr_code(s: Session, host: str, *, since: timedelta) -> bool:
         """Whether a restart made a session of this gateway ask for a QR code: of the tenants that `s` sees."""
         return s.scalar(_ASKED, {"host": host, "since": since}) is not None
+
+    @staticmethod
+    def forget_qr_codes(s: Session, host: str) -> None:
+        """A restart has kept the pairing on this gateway: of the tenants that `s` sees."""
+        s.execute(_FORGET_QR, {"host": host})
+
+    @staticmethod
+    def is_in_a_step(s: Session, tenant_id: UUID, channel_id: UUID) -> bool:
+        """Whether a step of its incident is under way, so that its session may be without a socket."""
+        return s.scalar(_IN_A_STEP, {"tenant_id": tenant_id, "channel_id": channel_id}) is not None
 
     @staticmethod
     def in_states(s: Session) -> dict[str, int]:
@@ -238,6 +253,12 @@ _OPEN = text("""
     ON CONFLICT (tenant_id, channel_id) WHERE state <> 'closed' DO NOTHING RETURNING id
 """)
 
+_DROP_STALE = text("""
+    DELETE FROM repair WHERE tenant_id = :tenant_id AND id = :id AND EXISTS (
+        SELECT FROM repair AS r WHERE r.tenant_id = :tenant_id AND r.channel_id = :channel_id AND r.closed_at >= :since
+    ) RETURNING 1
+""")
+
 _CLAIM = text("""
     UPDATE repair AS r SET claim_token = :token, next_at = now() + CAST(:claim AS interval),
         next_ring_at = now() + CAST(:claim AS interval)
@@ -257,9 +278,10 @@ _SAVE = """
 """
 
 _CANCEL = text("""
-    UPDATE repair SET state = 'closed', outcome = 'cancelled', closed_at = now(), next_at = NULL, claim_token = NULL
+    UPDATE repair SET state = 'closed', outcome = 'cancelled', closed_at = now(), next_at = NULL, claim_token = NULL,
+        names = NULL
     WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state <> 'closed'
-        AND phase NOT IN ('stopping', 'stopped', 'starting')
+        AND phase NOT IN ('stopping', 'stopped', 'acting', 'starting') AND (claim_token IS NULL OR next_at <= now())
     RETURNING 1
 """)
 
@@ -281,8 +303,16 @@ _ASKED = text("""
     SELECT 1 FROM repair WHERE host = :host AND asked_for_qr AND opened_at > now() - CAST(:since AS interval) LIMIT 1
 """)
 
+_FORGET_QR = text("UPDATE repair SET asked_for_qr = false WHERE host = :host AND asked_for_qr")
+
+_IN_A_STEP = text("""
+    SELECT 1 FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state <> 'closed'
+        AND phase IN ('stopping', 'stopped', 'acting', 'starting')
+""")
+
 _IN_STATES = text("""
-    SELECT CASE WHEN phase IN ('stopping', 'stopped', 'starting') THEN 'stopped' ELSE state END AS state, count(*)
+    SELECT CASE WHEN phase IN ('stopping', 'stopped', 'acting', 'starting') THEN 'stopped' ELSE state END AS state,
+        count(*)
     FROM repair WHERE state <> 'closed' GROUP BY 1
 """)
 

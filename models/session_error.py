@@ -13,14 +13,17 @@ from sqlalchemy import Index, RowMapping, func, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
+from models.message import TRAFFIC, TRAFFIC_AT
 
 WEAK = "weak"  # the cause of evidence that no message is named with; `providers.undecrypted.Cause.WEAK`
 _REACH = timedelta(days=1)  # what failed longer ago is history
+_KEPT = timedelta(days=30)
 
 
 class Tally(NamedTuple):
-    """The errors of one session that count. `at_once`: the most within one window; `strong` the same of those that
-    name their message; `contacts` who wrote them; `since` the first that is counted, None without any."""
+    """The errors of one session that count. `at_once`: the most within one window, of messages or of lines that name
+    none, whichever is more; `strong`: of messages alone; `contacts`: who wrote them; `since`: the first, None without
+    any."""
 
     at_once: int = 0
     strong: int = 0
@@ -32,7 +35,8 @@ class Tally(NamedTuple):
 
 
 class SessionError(Tenanted, Dated, Base):
-    """`jid` is the chat's address without a device, `participant` who wrote in a group, else ''. `at`: when it failed,
+    """`jid` is the chat's address without a device, `participant` who wrote in a group, `me` of another device of ours,
+    else ''. `at`: when it failed,
     as whoever told of it saw it; `times`: how often it was told."""
 
     __tablename__ = "session_error"
@@ -63,7 +67,8 @@ class SessionError(Tenanted, Dated, Base):
         if not wanted:
             return []
         ordered = [wanted[key] for key in sorted(wanted)]
-        return list(s.execute(_RECORD, {**given_rows(ordered), "reach": _REACH}).mappings())
+        found = s.execute(_RECORD, {**given_rows(ordered), "reach": _REACH}).mappings()
+        return [row for row in found if row["times"] == 1]
 
     @staticmethod
     def weak(s: Session, tenant_id: UUID, channel_id: UUID, at: datetime) -> list[RowMapping]:
@@ -89,20 +94,30 @@ class SessionError(Tenanted, Dated, Base):
         return Tally(**{name: row[name] for name in Tally._fields if name != "causes"}, causes=row["causes"] or {})
 
     @staticmethod
+    def forget(s: Session) -> int:
+        """Drop what is long over, of the tenants that `s` sees; returns how many."""
+        return len(s.execute(_FORGET, {"kept": _KEPT}).all())
+
+    @staticmethod
     def affected(s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, most: int) -> list[str]:
         """The chats of the unhealed ones from `since` on, those with the most first."""
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "most": most, "weak": WEAK}
         return list(s.scalars(_AFFECTED, given))
 
     @staticmethod
-    def heard_since(s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime) -> RowMapping:
+    def heard_since(
+        s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime, *, grace: float, weak: bool
+    ) -> RowMapping:
         """What came in after a step was made (`after`), of an incident that began at `since`:
 
-        - `errors`: unhealed ones that failed since then, of chats that nothing was decrypted of afterwards;
+        - `errors`: unhealed ones that failed since then, of contacts of whom nothing was decrypted afterwards, and
+          that are older than `grace` seconds; `fresh`: those that are not, and may still heal; `again`: those of
+          `errors` of contacts who had some before. Lines that name no message count only with `weak`;
         - `decrypted`: messages of the affected contacts; `traffic`: messages of anybody.
         """
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "after": after}
-        return s.execute(_HEARD, {**given, "weak": WEAK}).mappings().one()
+        given |= {"grace": timedelta(seconds=grace), "with_weak": weak, "weak": WEAK}
+        return s.execute(_HEARD, given).mappings().one()
 
 
 class SessionEnd(Tenanted, Base):
@@ -175,37 +190,48 @@ _RECORD = text(f"""
     RETURNING tenant_id, channel_id, jid, message_id, cause, at, times
 """)
 
-_HEAL = text("""
-    UPDATE session_error AS e SET healed_at = now()
-    WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
-        AND e.at > now() - CAST(:reach AS interval) - interval '1 day'
-        AND EXISTS (
-            SELECT FROM message AS m
-            WHERE m.tenant_id = e.tenant_id AND m.channel_id = e.channel_id AND m.provider_id = e.message_id
-        )
+_ARRIVED = """
+    EXISTS (
+        SELECT FROM message AS m
+        WHERE m.tenant_id = e.tenant_id AND m.channel_id = e.channel_id AND m.provider_id = e.message_id
+    )
+"""
+
+# In the order in which they are written down.
+_HEAL = text(f"""
+    WITH healed AS (
+        SELECT tenant_id, channel_id, jid, message_id FROM session_error AS e
+        WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
+            AND e.at > now() - CAST(:reach AS interval) - interval '1 day' AND {_ARRIVED}
+        ORDER BY tenant_id, channel_id, jid, message_id FOR UPDATE OF e
+    )
+    UPDATE session_error AS e SET healed_at = now() FROM healed AS h
+    WHERE (e.tenant_id, e.channel_id, e.jid, e.message_id) = (h.tenant_id, h.channel_id, h.jid, h.message_id)
     RETURNING 1
 """)
 
 # An open incident has its own `since`; before one is opened, what an earlier one has dealt with does not count again.
-_OPEN = """
-    SELECT jid, coalesce(nullif(participant, ''), jid) AS contact, participant <> '' AS is_group, cause, at
-    FROM session_error
-    WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND healed_at IS NULL
-"""
-
+# A message that is told of under a phone and under a `@lid` is one.
 _TALLY = text(f"""
     WITH counted AS (
-        {_OPEN} AND at >= coalesce(CAST(:since AS timestamptz), greatest(
-            now() - CAST(:window AS interval) - interval '30 minutes',
-            (SELECT max(closed_at) FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id)
-        ))
+        SELECT DISTINCT ON (message_id) jid, coalesce(nullif(participant, ''), jid) AS contact,
+            jid LIKE '%@g.us' AS is_group, cause, at
+        FROM session_error AS e
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND healed_at IS NULL
+            AND at >= coalesce(CAST(:since AS timestamptz), greatest(
+                now() - CAST(:window AS interval) - interval '30 minutes',
+                (SELECT max(closed_at) FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id)
+            )) AND NOT {_ARRIVED}
+        ORDER BY message_id, at
     ), windows AS (
-        SELECT at, count(*) OVER w AS n, count(*) FILTER (WHERE cause <> :weak) OVER w AS strong
+        SELECT count(*) FILTER (WHERE cause = :weak) OVER w AS weak,
+            count(*) FILTER (WHERE cause <> :weak) OVER w AS strong
         FROM counted WINDOW w AS (ORDER BY at RANGE BETWEEN CAST(:window AS interval) PRECEDING AND CURRENT ROW)
     )
-    SELECT (SELECT coalesce(max(n), 0) FROM windows) AS at_once,
+    SELECT (SELECT coalesce(greatest(max(weak), max(strong)), 0) FROM windows) AS at_once,
         (SELECT coalesce(max(strong), 0) FROM windows) AS strong,
-        count(*) AS errors, count(DISTINCT contact) FILTER (WHERE cause <> :weak) AS contacts,
+        count(*) AS errors,
+        count(DISTINCT contact) FILTER (WHERE cause <> :weak AND contact <> 'me') AS contacts,
         count(DISTINCT jid) FILTER (WHERE is_group) AS groups, min(at) AS since,
         (SELECT jsonb_object_agg(cause, n) FROM (SELECT cause, count(*) AS n FROM counted GROUP BY cause) AS c)
             AS causes
@@ -215,33 +241,47 @@ _TALLY = text(f"""
 _AFFECTED = text("""
     SELECT jid FROM session_error
     WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND healed_at IS NULL AND at >= :since AND cause <> :weak
+        AND participant <> 'me'
     GROUP BY jid ORDER BY count(*) DESC, jid LIMIT :most
 """)
 
-# A contact may be known by a phone or a `@lid`; of a group it is the member who wrote.
-_HEARD = text("""
+# A contact may be known by a phone or a `@lid`; of a group it is the member who wrote. What came in is found by the
+# index of the traffic, hence the condition that looks longer than it need be.
+_HEARD = text(f"""
     WITH incident AS (
         SELECT *, coalesce(nullif(participant, ''), jid) AS contact FROM session_error
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at >= :since AND cause <> :weak
     ), people AS (
-        SELECT DISTINCT i.jid, i.contact, c.contact_id FROM incident AS i
+        SELECT DISTINCT i.contact, c.contact_id FROM incident AS i
         JOIN contact_identity AS c ON c.tenant_id = :tenant_id AND c.channel_id = :channel_id
             AND c.value = split_part(i.contact, '@', 1)
             AND c.kind = CASE split_part(i.contact, '@', 2) WHEN 'lid' THEN 'lid' ELSE 'phone' END
     ), arrived AS (
-        SELECT m.contact_id, m.created_at FROM message AS m
-        WHERE m.tenant_id = :tenant_id AND m.channel_id = :channel_id AND m.direction = 'in' AND m.created_at > :after
+        SELECT contact_id, created_at FROM message
+        WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND ({TRAFFIC}) AND {TRAFFIC_AT} > :after
+            AND direction = 'in'
     ), heard AS (
         SELECT p.contact, count(*) AS n, max(a.created_at) AS last_at
         FROM people AS p JOIN arrived AS a USING (contact_id) GROUP BY p.contact
+    ), failed AS (
+        SELECT DISTINCT ON (e.message_id) e.at <= clock_timestamp() - CAST(:grace AS interval) AS is_settled,
+            EXISTS (
+                SELECT FROM incident AS i
+                WHERE i.contact = coalesce(nullif(e.participant, ''), e.jid) AND i.at <= :after
+            ) AS is_again
+        FROM session_error AS e LEFT JOIN heard AS h ON h.contact = coalesce(nullif(e.participant, ''), e.jid)
+        WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL AND e.at > :after
+            AND (e.cause <> :weak OR :with_weak) AND (h.last_at IS NULL OR h.last_at < e.at)
+        ORDER BY e.message_id, e.at
     )
     SELECT (SELECT count(*) FROM arrived) AS traffic,
         (SELECT coalesce(sum(n), 0) FROM heard)::bigint AS decrypted,
-        (SELECT count(*) FROM session_error AS e
-            LEFT JOIN heard AS h ON h.contact = coalesce(nullif(e.participant, ''), e.jid)
-            WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL
-                AND e.at > :after AND (h.last_at IS NULL OR h.last_at < e.at)) AS errors
+        count(*) FILTER (WHERE is_settled) AS errors, count(*) FILTER (WHERE NOT is_settled) AS fresh,
+        count(*) FILTER (WHERE is_settled AND is_again) AS again
+    FROM failed
 """)
+
+_FORGET = text("DELETE FROM session_error WHERE at < now() - CAST(:kept AS interval) RETURNING 1")
 
 _NOTE = text(f"""
     INSERT INTO session_end AS e (tenant_id, channel_id, code, source, at)

@@ -145,11 +145,14 @@ def settings() -> Settings:
             value = given[name]
             values[field.name] = value.upper() if field.name == "log_level" else value
     try:
-        return msgspec.convert(values, Settings, strict=False)
+        made = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         # The message ends with the path of the field (`… - at `$.port``); the value itself is not repeated.
         where = str(error).rpartition("$.")[2].strip("`")
         raise Misconfigured(f"{variable(where)} has a value that cannot be used: {_kind(error)}") from None
+    made.require_error_window()
+    made.require_check_interval()
+    return made
 
 
 def variable(field: str) -> str:

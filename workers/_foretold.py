@@ -2,13 +2,13 @@
 hence the underscore."""
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
 
 from models import Repair, RepairPause
 from models.repair import Step
 from pombal import db
 from pombal.errors import Misconfigured, Permanent, Rejected
 from pombal.settings import settings
+from providers.authstore import Store, StoreFault
 from providers.gateway import Gateway
 from providers.instance import InstanceFault
 from workers import _ladder
@@ -47,15 +47,15 @@ def foretold(row: Row, wanted: Step | None) -> list[str]:
     if wanted is not None:
         steps: tuple[Step, ...] = (wanted,)
         why = "asked for by hand"
-    elif hopeless := patient.hopeless():
-        return [*lines, f"ask a person: {hopeless}"]
     else:
         tally = patient.tally()
         if not tally.errors:
             return [*lines, "nothing: no error counts"]
-        steps, why = _ladder.path(tally)
+        steps, why = _ladder.path(tally, settings().threshold_errors)
     try:
         return [*lines, why, *patient.ask(_tell(patient, steps))]
+    except StoreFault as fault:
+        return [*lines, f"nothing: its keys cannot be reached: {fault.text}"]
     except InstanceFault as fault:
         return [*lines, f"nothing: {fault.text} ({fault.code})"]
     except (Misconfigured, Permanent, Rejected) as error:
@@ -75,21 +75,26 @@ def _forbidden(patient: Patient) -> list[str]:
 def _tell(patient: Patient, steps: tuple[Step, ...]) -> Callable[[Gateway], Awaitable[list[str]]]:
     async def tell(gateway: Gateway) -> list[str]:
         await gateway.health()
+        seen = await gateway.look()
+        if hopeless := patient.hopeless(is_open=seen.state == "open"):
+            return [f"ask a person: {hopeless}"]
         means = patient.means(gateway)
         lines = []
         for step in steps:
             lacks = means.lacks(step)
             store = None if lacks or step == Step.PERSON else patient.store_for(step, gateway)
-            names = f" ({len(patient.names_for(step, store))} entries)" if store is not None else ""
+            names = f" ({_amount(patient, step, store)} entries)" if store is not None else ""
             lines.append(f"{step}: no, {lacks}" if lacks else f"{step}: {_HOW[step]}{names}")
         return lines
 
     return tell
 
 
+def _amount(patient: Patient, step: Step, store: Store) -> int:
+    return len(patient.names_for(step, store, is_of_groups=_ladder.is_of_groups(patient.tally())))
+
+
 def _imagined(row: Row) -> Patient:
     """Of an incident that there is none of, to ask with."""
-    since = datetime.now(UTC) - timedelta(days=1)
-    return Patient(
-        {**row, "channel_id": row["id"], "host": host_of(row["config"]), "since": since, "wanted_step": None}
-    )
+    incident = {"channel_id": row["id"], "host": host_of(row["config"]), "since": None, "wanted_step": None}
+    return Patient({**row, **incident})

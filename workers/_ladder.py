@@ -12,6 +12,8 @@ from providers.undecrypted import Cause
 
 FEW = 3  # contacts: their own sessions are broken, rather than all of them
 
+_TWIN = 440
+
 # Ends of connections that no repair cures, and what a person is told (baileys-sessions.md §6).
 ENDS: Mapping[int, str] = {
     440: "another process uses the same credentials (440): find it and stop it; a repair would make it worse",
@@ -75,16 +77,19 @@ class Choice(NamedTuple):
     skipped: tuple[tuple[Step, str], ...] = ()
 
 
-def path(tally: Tally) -> tuple[tuple[Step, ...], str]:
-    """The steps for what was seen, the first first, and the reason in words. A person is the last of each."""
+def path(tally: Tally, most: int) -> tuple[tuple[Step, ...], str]:
+    """The steps for what was seen, the first first, and the reason in words. A person is the last of each. `most`: as
+    many errors at once are no incident."""
     strong = {cause: n for cause, n in tally.causes.items() if cause != Cause.WEAK}
-    if not strong:
-        return (Step.RESTART, Step.PERSON), "only lines of a log that name no message"
+    if tally.strong <= most:
+        return (Step.RESTART, Step.PERSON), "lines of a log that name no message, and too few that do"
     few = tally.contacts <= FEW
     spread = f"{tally.contacts} contact{'s' * (tally.contacts != 1)}"
-    if set(strong) == {Cause.SENDER_KEY}:
-        return (Step.DROP_KEYS, Step.RESTART, Step.PERSON), f"only group messages cannot be decrypted ({spread})"
     main = max(sorted(strong), key=lambda cause: strong[cause])
+    if main == Cause.SENDER_KEY:
+        return (Step.DROP_KEYS, Step.RESTART, Step.PERSON), f"group messages cannot be decrypted ({spread})"
+    if main == Cause.OTHER:
+        return (Step.RESTART, Step.PERSON), f"messages of {spread} cannot be decrypted, for a reason that is not known"
     if main == Cause.IDENTITY and tally.contacts > 1:
         restored = (Step.RESTORE_CREDS, Step.PERSON)
         return restored, f"first messages of {spread} do not open with our keys: the credentials are of another state"
@@ -95,13 +100,14 @@ def path(tally: Tally) -> tuple[tuple[Step, ...], str]:
 
 
 def is_of_groups(tally: Tally) -> bool:
-    """Whether only sender keys of groups are to be dropped."""
-    return set(tally.causes) - {Cause.WEAK} == {Cause.SENDER_KEY}
+    """Whether only sender keys of groups are to be dropped: where most of the errors are theirs."""
+    strong = {cause: n for cause, n in tally.causes.items() if cause != Cause.WEAK}
+    return max(sorted(strong), key=lambda cause: strong[cause], default=None) == Cause.SENDER_KEY
 
 
-def choose(tally: Tally, tried: Collection[str], means: Means) -> Choice:
+def choose(tally: Tally, most: int, tried: Collection[str], means: Means) -> Choice:
     """The mildest step of the path that was not tried in this incident and can be made."""
-    steps, why = path(tally)
+    steps, why = path(tally, most)
     skipped: list[tuple[Step, str]] = []
     for step in steps:
         if step in tried:
@@ -113,6 +119,7 @@ def choose(tally: Tally, tried: Collection[str], means: Means) -> Choice:
     return Choice(Step.PERSON, why, tuple(skipped))
 
 
-def hopeless(ends: Collection[int]) -> str | None:
-    """What a person is told when connections ended for a reason that no repair cures; None otherwise."""
-    return next((text for code, text in ENDS.items() if code in ends), None)
+def hopeless(ends: Collection[int], *, is_open: bool) -> str | None:
+    """What a person is told when connections ended for a reason that no repair cures; None otherwise. Of one that is
+    open again only a twin matters: two of them take turns."""
+    return next((text for code, text in ENDS.items() if code in ends and (code == _TWIN or not is_open)), None)

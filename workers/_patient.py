@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -16,10 +16,9 @@ from pombal import db
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers import authstore
-from providers.authstore import Store, StoreFault
+from providers.authstore import Store
 from providers.gateway import Gateway
 from providers.http import Clients
-from providers.instance import InstanceFault
 from workers import _ladder
 from workers._ladder import Means
 
@@ -34,13 +33,13 @@ _MOST_GROUPS = 50
 
 class Patient:
     """`row` has a channel's `tenant_id`, `channel_id`, `kind`, `config`, `sealed` and `own_id`, and of its incident
-    `host`, `since` and `wanted_step`."""
+    `host`, `since` (None: there is none yet) and `wanted_step`."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
         self.tenant_id: UUID = row["tenant_id"]
         self.channel_id: UUID = row["channel_id"]
-        self.since: datetime = row["since"]
+        self.since: datetime = row["since"] or datetime.now(UTC) - settings().require_error_window()
 
     def ask(self, what: Callable[[Gateway], Awaitable[T]]) -> T:
         """Do this with the session's gateway. Raises `InstanceFault`, `Misconfigured`, `Permanent` or `Rejected`."""
@@ -55,7 +54,7 @@ class Patient:
         return asyncio.run(call())
 
     def store(self) -> Store | None:
-        """Where its keys are, if the channel says so."""
+        """Where its keys are, if the channel says so. Raises `StoreFault`."""
         return authstore.store(self.row["config"], self._secrets(), self.row["own_id"])
 
     def means(self, gateway: Gateway) -> Means:
@@ -78,23 +77,19 @@ class Patient:
         is_by_gateway = step == Step.CONTACT_REFRESH and "refresh_contact" in gateway.abilities
         return None if is_by_gateway or step == Step.RESTART else self.store()
 
-    def names_for(self, step: Step, store: Store) -> list[str]:
-        """The entries that this step would drop or put back; nothing is touched. Raises `InstanceFault` when the store
-        cannot say."""
-        try:
-            store.check()
-            match step:
-                case Step.CONTACT_REFRESH:
-                    return store.plan_contacts(self.affected())
-                case Step.DROP_KEYS:
-                    groups = [jid for jid in self.affected(_MOST_GROUPS) if jid.endswith("@g.us")]
-                    return store.plan_derived(groups if _ladder.is_of_groups(self.tally()) else None)
-                case Step.RESTORE_CREDS:
-                    kept = store.plan_restore()
-                    return [kept] if kept is not None else []
-            return []
-        except StoreFault as fault:
-            raise InstanceFault("misconfigured", f"its keys cannot be reached: {fault.text}") from None
+    def names_for(self, step: Step, store: Store, *, is_of_groups: bool = False) -> list[str]:
+        """The entries that this step would drop or put back; nothing is touched. Raises `StoreFault`."""
+        store.check()
+        match step:
+            case Step.CONTACT_REFRESH:
+                return store.plan_contacts(self.affected())
+            case Step.DROP_KEYS:
+                groups = [jid for jid in self.affected(_MOST_GROUPS) if jid.endswith("@g.us")]
+                return store.plan_derived(groups if is_of_groups else None)
+            case Step.RESTORE_CREDS:
+                kept = store.plan_restore()
+                return [kept] if kept is not None else []
+        return []
 
     def heal(self) -> None:
         """Mark the errors whose messages have arrived."""
@@ -102,25 +97,27 @@ class Patient:
             SessionError.heal(s, self.tenant_id, self.channel_id)
 
     def tally(self) -> Tally:
-        """The errors of the incident that count."""
+        """The errors of the incident that count; without one, those that would open it."""
         with db.session([self.tenant_id]) as s:
-            window = settings().require_error_window()
-            return SessionError.tally(s, self.tenant_id, self.channel_id, window, since=self.since)
+            window, since = settings().require_error_window(), self.row["since"]
+            return SessionError.tally(s, self.tenant_id, self.channel_id, window, since=since)
 
-    def heard(self, after: datetime) -> RowMapping:
+    def heard(self, after: datetime, *, grace: float, weak: bool) -> RowMapping:
         """What came in since then, as `SessionError.heard_since` tells it."""
         with db.session([self.tenant_id]) as s:
-            return SessionError.heard_since(s, self.tenant_id, self.channel_id, self.since, after)
+            given = (self.tenant_id, self.channel_id, self.since, after)
+            return SessionError.heard_since(s, *given, grace=grace, weak=weak)
 
     def affected(self, most: int = _MOST_CONTACTS) -> list[str]:
         """The chats with the most errors."""
         with db.session([self.tenant_id]) as s:
             return SessionError.affected(s, self.tenant_id, self.channel_id, self.since, most)
 
-    def hopeless(self) -> str | None:
+    def hopeless(self, *, is_open: bool) -> str | None:
         """What a person is told when its connection ended lately for a reason that no repair cures."""
         with db.session([self.tenant_id]) as s:
-            return _ladder.hopeless(SessionEnd.lately(s, self.tenant_id, self.channel_id, _LATELY))
+            ends = SessionEnd.lately(s, self.tenant_id, self.channel_id, _LATELY)
+        return _ladder.hopeless(ends, is_open=is_open)
 
     def _secrets(self) -> dict[str, Any]:
         return unseal(self.channel_id, self.row["sealed"]) if self.row["sealed"] else {}

@@ -15,6 +15,7 @@ from sqlalchemy import RowMapping, text
 
 from models import ChannelKind, Event, Repair, RepairOutcome, RepairPause, RepairState
 from models.repair import ACTS, MAY_BE_STOPPED, Phase, Step
+from models.session_error import Tally
 from pombal import db, log, metrics
 from pombal.errors import Misconfigured, Permanent, Rejected
 from pombal.middleware import is_store_trouble
@@ -24,6 +25,7 @@ from providers import authstore
 from providers.authstore import StoreFault
 from providers.gateway import Gateway, Look
 from providers.instance import InstanceFault
+from providers.undecrypted import Cause
 from workers import _ladder
 from workers._patient import Patient, Row
 from workers.status_sync import ask_soon
@@ -36,6 +38,13 @@ _OBSERVED = 120.0  # seconds
 _LONGEST_WATCH = 86_400.0  # without any message at all
 _PROVEN = 3  # messages of affected contacts, without an error: no need to wait any longer
 _LOOK_AGAIN = 2.0
+_RETRIES_TAKE = 30.0  # seconds in which a message may still arrive (baileys-sessions.md §3)
+_MOST_REFUSALS = 3
+_MOST_BOUNCES = 3
+_ALARMS = (10, 100, 1000)
+_LASTING = ("misconfigured", "refused", "missing", "no_access")  # faults of a store that waiting does not mend
+# Faults of a call that may have been heard all the same.
+_MAY_BE_DONE = ("timeout", "unreachable", "provider_error", "unreadable")
 _STOPS_WITHIN = 60.0
 _STARTS_WITHIN = 60.0
 _START_AGAIN = 5  # looks, ever longer apart: about a minute
@@ -90,7 +99,7 @@ class Turn:
             case Phase.STOPPING:
                 return self.patient.ask(self._stopping)
             case Phase.STOPPED:
-                return self._stopped()
+                return self.patient.ask(self._stopped)
             case Phase.ACTING:
                 return self.patient.ask(self._acting)
             case Phase.STARTING:
@@ -102,8 +111,8 @@ class Turn:
 
     def _planned(self) -> Next:
         """Decide whether this step may be begun now."""
-        if self.row["wanted_step"] is None and self.row["is_by_hand"] and self.step == Step.OBSERVE:
-            return self._to(Step.CAUSE, "asked for by hand")
+        if self.step == Step.OBSERVE and self.row["is_by_hand"]:
+            return self._to(Step(self.row["wanted_step"] or Step.CAUSE), "asked for by hand")
         if self.step == Step.OBSERVE:
             return self._begun(Phase.WATCHING, "most errors heal by themselves: a gateway asks for the message again")
         if over := self._is_over():
@@ -111,46 +120,50 @@ class Turn:
         if self.step == Step.PERSON:
             return self._to_a_person(self.row["says"] or "no step is left")
         if held := self._held():
-            return held
-        if self.step == Step.CAUSE:
-            return self.patient.ask(self._cause)
-        return self.patient.ask(self._may_act)
+            return self._later(held, 60.0, is_failure=False)
+        return self.patient.ask(self._cause if self.step == Step.CAUSE else self._may_act)
 
-    def _held(self) -> Next | None:
-        """Whether somebody does not want anything done."""
+    def _held(self) -> str | None:
+        """Why nothing may be begun, if somebody does not want it."""
         mode = settings().session_fixer
         would = self.step.value if self.step in ACTS else "look for the cause"
         if mode != "repair":
-            return self._later(f"POMBAL_SESSION_FIXER is {mode}: it would {would}", 60.0, is_failure=False)
+            return f"POMBAL_SESSION_FIXER is {mode}: it would {would}"
         with db.session([self.tenant_id]) as s:
             scope = RepairPause.holds(s, self.channel_id)
         if scope:
             whose = "all repairs are" if scope == "all" else "this channel's repairs are"
-            return self._later(f"{whose} paused: it would {would}", 60.0, is_failure=False)
-        if self.row["has_wish"]:
-            return self._later("somebody is starting or ending the session", 15.0, is_failure=False)
-        return None
+            return f"{whose} paused: it would {would}"
+        return "somebody is starting or ending the session" if self.row["has_wish"] else None
 
     async def _cause(self, gateway: Gateway) -> Next:
-        """Rule out what no repair cures, then take the mildest step that fits."""
-        if hopeless := self.patient.hopeless():
-            return self._to_a_person(hopeless)
-        await gateway.health()
-        seen = await gateway.look()
-        if seen.state == "qr":
-            return self._to_a_person("the session asks for a QR code: pair it again")
-        return self._climbed(gateway)
-
-    def _climbed(self, gateway: Gateway) -> Next:
-        """On to the mildest step that was not tried; those that cannot be made are written down."""
-        choice = _ladder.choose(self.patient.tally(), self._tried(), self.patient.means(gateway))
+        """Rule out what no repair cures, then take the mildest step that fits; those that cannot be made are noted."""
+        if refused := await self._is_beyond_repair(gateway):
+            return self._to_a_person(refused)
+        tally = self.patient.tally()
+        if not tally.errors:
+            return self._closed(RepairOutcome.HEALED, "no error counts any more")
+        choice = _ladder.choose(tally, settings().threshold_errors, self._tried(), self.patient.means(gateway))
         skipped = [self._entry(step, why, outcome="skipped") for step, why in choice.skipped]
         for step, _ in choice.skipped:
             metrics.repairs.labels(step=step, outcome="skipped").inc()
-        return self._to(choice.step, choice.why, more=skipped)
+        evidence = {**self.row["evidence"], "is_of_groups": _ladder.is_of_groups(tally)}  # the scope that was chosen
+        return self._to(choice.step, choice.why, more=skipped, evidence=evidence)
+
+    async def _is_beyond_repair(self, gateway: Gateway) -> str | None:
+        """What a person has to do before anything can help; None where that is nothing."""
+        await gateway.health()
+        seen = await gateway.look()
+        if hopeless := self.patient.hopeless(is_open=seen.state == "open"):
+            return hopeless
+        if seen.state == "qr":
+            return "the session asks for a QR code: pair it again"
+        if seen.state == "closed":
+            return "the session is closed, and not by a repair: `pombal channel restart` opens it, if it should be"
+        return None
 
     async def _may_act(self, gateway: Gateway) -> Next:
-        """Whether this step may be made: not too soon, not too often, on a gateway that is well."""
+        """Whether this step may be made: not too soon, not too often, on a gateway and a session that are well."""
         by_hand = self.row["is_by_hand"]
         with db.session([self.tenant_id]) as s:
             made = Repair.lately(s, self.tenant_id, self.channel_id)
@@ -163,13 +176,34 @@ class Turn:
         lacks = self.patient.means(gateway).lacks(self.step)
         if lacks is not None:  # it could when it was chosen, or it was asked for by hand
             return self._ended_with("skipped", lacks)
-        await gateway.health()
+        if refused := await self._is_beyond_repair(gateway):
+            return self._to_a_person(refused)
+        try:
+            return self._chosen(gateway)
+        except StoreFault as fault:
+            if fault.code in _LASTING:
+                return self._ended_with("skipped", f"its keys cannot be reached: {fault.text}")
+            return self._later(f"its keys cannot be reached: {fault.text}")
+
+    def _chosen(self, gateway: Gateway) -> Next:
+        """Begin the step, with what it works on."""
+        known = self.patient.store()
+        if known is not None and self.step != Step.RESTORE_CREDS and known.creds_are_broken():
+            # It lives by what it has in memory: whoever closes its socket now loses the pairing.
+            if self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None and known.plan_restore() is not None:
+                return self._to(Step.RESTORE_CREDS, "its stored credentials are broken")
+            return self._to_a_person("its stored credentials are broken: closing its socket would end the pairing")
         store = self.patient.store_for(self.step, gateway)
-        names = self.patient.names_for(self.step, store) if store is not None else None
-        if names == [] and self.step != Step.RESTORE_CREDS:
-            return self._ended_with("skipped", "there are no such keys")
-        needs_stop = store is not None or (self.step == Step.RESTART and "restart" not in gateway.abilities)
-        return self._begun(Phase.STOPPING if needs_stop else Phase.ACTING, self.row["says"] or "", names=names)
+        if store is not None:
+            is_of_groups = bool(self.row["evidence"].get("is_of_groups")) and self.row["wanted_step"] is None
+            names = self.patient.names_for(self.step, store, is_of_groups=is_of_groups)
+            if not names:
+                return self._ended_with("skipped", "there is nothing that it could drop or put back")
+            return self._begun(Phase.STOPPING, self._why(), names=names)
+        if self.step == Step.CONTACT_REFRESH:
+            jids = [jid for jid in self.patient.affected() if not jid.endswith("@g.us")]
+            return self._begun(Phase.ACTING, self._why(), names=jids)
+        return self._begun(Phase.ACTING if "restart" in gateway.abilities else Phase.STOPPING, self._why())
 
     # ------------------------------------------------------------------------------------------------- making a step
 
@@ -189,56 +223,89 @@ class Turn:
             ask_soon(self.tenant_id, self.channel_id)  # so that nothing is sent through it meanwhile
             return Next(self._in(Phase.STOPPED), 0.0)
         if is_late:
-            return Next(self._in(Phase.STARTING) | self._told("not_stopped"), 0.0)
+            return Next(self._in(Phase.STARTING) | self._told(trouble="not_stopped"), 0.0)
         return self._later("waits for the socket to be closed", _LOOK_AGAIN, is_failure=False)
 
-    def _stopped(self) -> Next:
-        """The socket is closed: do to its keys what the step is for, and start it in any case."""
+    async def _stopped(self, gateway: Gateway) -> Next:
+        """The socket is closed, still: do to its keys what the step is for, and start it in any case."""
         if self.step == Step.RESTART:
             return Next(self._in(Phase.STARTING), 0.0)
+        if (await gateway.look()).state != "closed":  # somebody has started it, or it was long ago that we looked
+            if self.row["has_wish"]:
+                return Next(self._in(Phase.STARTING) | self._told(trouble="somebody_started_it"), 0.0)
+            return Next({"phase": Phase.STOPPING}, 0.0)
         names, backup = self.row["names"] or [], str(self.row["id"])
         if not self._is_still_ours():
             return Next({}, 0.0)
         try:
             store = self.patient.store()
             if store is None:
-                return Next(self._in(Phase.STARTING) | self._told("no_store"), 0.0)
+                return Next(self._in(Phase.STARTING) | self._told(trouble="no_store"), 0.0)
             if self.step == Step.RESTORE_CREDS:
                 for name in names:
                     store.restore(name, backup)
-                details: dict[str, Any] = {"restored": len(names)}
+                details = {"restored": len(names)}
             else:
                 details = {"dropped": store.drop(names, backup), "planned": len(names)}
         except StoreFault as fault:
             if fault.code == "busy":  # somebody whose claim ran out is at it still: nothing may be started meanwhile
                 return self._later("waits for the store of its keys")
             _log.error("repair_store_failed", **self._names(), code=fault.code)
-            return Next(self._in(Phase.STARTING) | self._told(fault.code), 0.0)
-        return Next(self._in(Phase.STARTING) | self._told(None, details), 0.0)
+            return Next(self._in(Phase.STARTING) | self._told(trouble=fault.code), 0.0)
+        return Next(self._in(Phase.STARTING) | self._told(**details), 0.0)
 
     async def _acting(self, gateway: Gateway) -> Next:
-        """What is done by the gateway itself, without the socket closed by us."""
-        if self.step == Step.CONTACT_REFRESH:
-            jids = [jid for jid in self.patient.affected() if not jid.endswith("@g.us")]
-            for jid in jids:
+        """What is done by the gateway itself, without the socket closed by us; one call in a turn."""
+        if self.step == Step.RESTART:
+            try:
+                await gateway.restart()
+            except InstanceFault as fault:
+                if fault.code not in _MAY_BE_DONE:
+                    return self._refused(fault)
+                _log.warning("repair_restart_in_doubt", **self._names(), code=fault.code)
+            return Next(self._in(Phase.STARTING), _LOOK_AGAIN)
+        jid, *rest = self.row["names"] or [""]
+        done = int(self.row["steps"][-1]["details"].get("refreshed", 0))
+        try:
+            if jid:
                 await gateway.refresh_contact(jid)
-            return Next(self._in(Phase.WATCHING) | self._told(None, {"refreshed": len(jids)}), self._glance())
-        await gateway.restart()
-        return Next(self._in(Phase.STARTING), _LOOK_AGAIN)
+                done += 1
+        except InstanceFault as fault:
+            if fault.is_transient or not (rest or done):
+                return self._refused(fault)
+            _log.warning("repair_contact_refused", **self._names(), code=fault.code)
+        told = self._told(refreshed=done)
+        if rest:
+            return Next(self._in(Phase.ACTING) | told | {"names": rest}, 0.0)
+        return Next(self._in(Phase.WATCHING) | told | {"names": None}, self._glance())
+
+    def _refused(self, fault: InstanceFault) -> Next:
+        """A gateway that does not do a step is asked a few times, and then the step has failed."""
+        if self.row["failures"] < _MOST_REFUSALS:
+            return self._later(f"the gateway: {fault.text}", fault.wait)
+        return self._ended_with("failed", f"the gateway: {fault.text}")
 
     async def _starting(self, gateway: Gateway) -> Next:
-        """Until it is open again, however long that takes; a session that asks for a QR code is a person's."""
+        """Until it is open again; a session that asks for a QR code, or cannot be open, is a person's."""
         seen = await gateway.look()
+        age, failures = self._age(self.row["phase_at"]), self.row["failures"]
         if seen.state == "open":
             ask_soon(self.tenant_id, self.channel_id)
             return Next(self._in(Phase.WATCHING), self._glance())
+        if seen.state == "closed" and failures and (hopeless := self.patient.hopeless(is_open=False)):
+            return self._to_a_person(hopeless)
         if seen.state == "qr":
-            return self._to_a_person("it asks for a QR code after the start: pair it again", asked_for_qr=True)
-        if seen.state == "unknown" and self._age(self.row["phase_at"]) > _STARTS_WITHIN:
+            hopeless = self.patient.hopeless(is_open=False)  # the phone has ended the pairing, rather than our start
+            why = "it asks for a QR code after the start: pair it again"
+            return self._to_a_person(hopeless or why, asked_for_qr=not hopeless and not self._has_bounced())
+        if seen.state == "unknown" and age > _STARTS_WITHIN:
             return Next(self._in(Phase.WATCHING), self._glance())  # its gateway does not tell; what arrives will
         # A start that is under way is given its time: every call could begin anew.
-        if seen.state != "connecting" or self.row["failures"] % _START_AGAIN == _START_AGAIN - 1:
+        if seen.state != "connecting" or failures % _START_AGAIN == _START_AGAIN - 1:
             await gateway.start()
+        if failures in _ALARMS:
+            _log.error("repair_cannot_start", **self._names(), looks=failures)
+            note(self.row["name"], "its socket does not open: the gateway needs a person")
         return self._later("waits for the socket to be open again")
 
     # ---------------------------------------------------------------------------------------------------- the proof
@@ -248,53 +315,81 @@ class Turn:
         if self.step in ACTS and (back := self.patient.ask(self._is_closed_again)):
             return back
         age, observed = self._age(self.row["phase_at"]), self._observed()
-        heard = self.patient.heard(self.row["phase_at"])
+        tally, most = self.patient.tally(), settings().threshold_errors
+        is_weak = tally.strong <= most < tally.at_once
+        heard = self.patient.heard(self.row["phase_at"], grace=min(_RETRIES_TAKE, observed / 2), weak=is_weak)
         if self.step == Step.OBSERVE:
-            if self.patient.tally().at_once <= settings().threshold_errors:
-                return self._closed(RepairOutcome.HEALED, "the messages arrived after all")
-            if age < observed:
-                return Next({"says": "observes whether it heals by itself"}, self._glance())
-            if not heard["errors"] and heard["decrypted"]:
-                return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
-            if not heard["errors"] and not self.patient.tally().strong:
-                return self._closed(RepairOutcome.UNPROVEN, "no more lines of a log, and no message was named")
-            return self._to(Step.CAUSE, "it did not heal by itself", ended="not_healed")
-        if not heard["errors"] and (heard["decrypted"] >= _PROVEN or (age >= observed and heard["traffic"])):
-            return self._proven(heard)
-        if age < observed:
-            return Next({"says": f"watches what came of {self.step}"}, self._glance())
-        if heard["errors"]:
+            return self._observing(tally, heard, age >= observed)
+        if not heard["again"] and heard["errors"] <= most and not heard["fresh"]:
+            flows = heard["decrypted"] or (heard["traffic"] and not heard["errors"])
+            if heard["decrypted"] >= _PROVEN or (age >= observed and flows):
+                return self._proven(heard)
+        has_failed = heard["again"] or heard["errors"] > most or (heard["errors"] and not heard["decrypted"])
+        if age >= observed and has_failed:
             return self._ended_with("failed", f"{heard['errors']} more messages could not be decrypted")
+        if age < observed or heard["fresh"]:
+            return Next({"says": f"watches what came of {self.step}"}, self._glance())
         if age > _LONGEST_WATCH:
             return self._closed(RepairOutcome.UNPROVEN, "nobody has written since")
         return Next({"says": f"nobody has written since {self.step}: nothing tells whether it helped"}, observed)
 
+    def _observing(self, tally: Tally, heard: RowMapping, is_long_enough: bool) -> Next:
+        if tally.at_once <= settings().threshold_errors:
+            return self._closed(RepairOutcome.HEALED, "the messages arrived after all")
+        if not is_long_enough or heard["fresh"]:
+            return Next({"says": "observes whether it heals by itself"}, self._glance())
+        if not heard["errors"] and heard["decrypted"]:
+            return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
+        if not heard["errors"] and tally.strong <= settings().threshold_errors:
+            return self._closed(RepairOutcome.UNPROVEN, "no more lines of a log, and too few messages were named")
+        return self._to(Step.CAUSE, "it did not heal by itself", ended="not_healed")
+
     async def _is_closed_again(self, gateway: Gateway) -> Next | None:
-        """A stop may come late, or another's: a session is never left without its socket by us."""
+        """A stop may come late: a session is never left without its socket by us. But what a person closes, or what
+        ends again and again, is theirs."""
         try:
             seen = await gateway.look()
         except InstanceFault as fault:
             _log.debug("repair_look_failed", **self._names(), code=fault.code)
             return None
-        return Next(self._in(Phase.STARTING), 0.0) if seen.state == "closed" else None
+        if seen.state == "qr":
+            return self._to_a_person("the session asks for a QR code: pair it again")
+        if seen.state != "closed" or self._held():
+            return None
+        if hopeless := self.patient.hopeless(is_open=False):
+            return self._to_a_person(hopeless)
+        bounces = int(self.row["steps"][-1]["details"].get("reopened", 0)) + 1
+        if bounces > _MOST_BOUNCES:
+            return self._to_a_person("its socket is closed again and again")
+        return Next(self._in(Phase.STARTING) | self._told(reopened=bounces), 0.0)
+
+    def _has_bounced(self) -> bool:
+        return bool(self.row["steps"]) and "reopened" in self.row["steps"][-1]["details"]
 
     def _proven(self, heard: RowMapping) -> Next:
-        why = f"{heard['decrypted']} messages of the affected contacts and {heard['traffic']} in all, and no error"
+        if self.step == Step.RESTART:
+            with db.session() as s:  # a restart kept the pairing: of all sessions of this gateway
+                db.see_all(s)
+                Repair.forget_qr_codes(s, self.row["host"])
+        why = f"{heard['decrypted']} messages of the affected contacts and {heard['traffic']} in all could be decrypted"
         return self._closed(RepairOutcome.REPAIRED, why)
 
     def _is_over(self) -> Next | None:
-        """Whether it healed while it waited for something."""
-        age = self._age(self.row["phase_at"])
-        if self.row["is_by_hand"] or age < self._observed():
+        """Whether it healed while it waited for something, or for a person: no more errors lately, and messages."""
+        age, observed = self._age(self.row["phase_at"]), self._observed()
+        is_begun_by_hand = self.row["is_by_hand"] and self.row["state"] == RepairState.OPEN
+        if is_begun_by_hand or age < observed:
             return None
-        heard = self.patient.heard(self.row["phase_at"])
-        if heard["errors"] or not heard["decrypted"]:
+        after = max(self.row["phase_at"], self._now() - timedelta(seconds=max(observed, _LOOK_WAITING)))
+        heard = self.patient.heard(after, grace=0.0, weak=True)
+        has_named = any(cause != Cause.WEAK for cause in self.row["evidence"].get("causes", {}))
+        if heard["errors"] or not (heard["decrypted"] if has_named else heard["traffic"]):
             return None
         return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
 
     def _waits(self) -> Next:
         """For a person; over when messages can be decrypted again, by whatever they did."""
-        return self._is_over() or Next({}, _LOOK_WAITING)
+        return self._is_over() or Next({}, min(_LOOK_WAITING, max(1.0, self._observed())))
 
     # ----------------------------------------------------------------------------------------------- what comes next
 
@@ -306,13 +401,22 @@ class Turn:
         changes = self._in(phase) | {"steps": [*self.row["steps"], entry], "names": names, "says": None}
         return Next(changes, self._glance() if phase == Phase.WATCHING else 0.0, (event,))
 
-    def _to(self, step: Step, why: str, *, ended: str | None = None, more: list[dict[str, Any]] | None = None) -> Next:
+    def _to(
+        self,
+        step: Step,
+        why: str,
+        *,
+        ended: str | None = None,
+        more: list[dict[str, Any]] | None = None,
+        **columns: Any,
+    ) -> Next:
         """On to a step; `ended`: what came of the one before."""
         steps = self._steps(ended) + (more or [])
         if ended:
             metrics.repairs.labels(step=self.step, outcome=ended).inc()
-        changes = self._in(Phase.PLANNED) | {"step": step, "step_at": self._now(), "steps": steps, "says": why}
-        return Next(changes, 0.0)
+        now = self._now()
+        changes = {"step": step, "step_at": now, "steps": steps, "says": why, "names": None, **columns}
+        return Next(self._in(Phase.PLANNED) | changes, 0.0)
 
     def _ended_with(self, outcome: str, why: str) -> Next:
         """This step is over, and it did not help: the next one, or, of one asked for by hand, the end."""
@@ -336,6 +440,7 @@ class Turn:
             "step_at": self._now(),
             "steps": [*self._steps(ended), self._entry(Step.PERSON, why)],
             "says": why,
+            "names": None,
         }
         if asked_for_qr:
             changes["asked_for_qr"] = True
@@ -351,6 +456,7 @@ class Turn:
             "closed_at": self._now(),
             "steps": self._steps(ended or str(outcome)),
             "says": why,
+            "names": None,
         }
         says = self._says(outcome=outcome, why=why, step=self.step, seconds=seconds)
         return Next(changes, None, (("repair_finished", says),))
@@ -362,16 +468,21 @@ class Turn:
         backoff = min(2.0 ** min(failures - 1, 10), longest) * random.uniform(0.9, 1.1)  # noqa: S311 - jitter
         if failures in (1, 10) or says != self.row["says"]:
             _log.warning("repair_waits", **self._names(), step=self.step, phase=self.phase, why=says)
-        return Next({"says": says, "failures": failures}, max(wait, backoff) if is_failure else wait)
+        wait = max(wait, backoff) if is_failure else wait
+        if self.phase in MAY_BE_STOPPED:  # whatever a gateway wishes: its session may be closed meanwhile
+            wait = min(wait, longest)
+        return Next({"says": says, "failures": failures}, wait)
 
     def _in(self, phase: Phase) -> dict[str, Any]:
         return {"phase": phase, "phase_at": self._now(), "failures": 0}
 
-    def _told(self, trouble: str | None, details: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _told(self, **details: Any) -> dict[str, Any]:
         """Something about the present step, for whoever reads the history."""
         *before, last = self.row["steps"]
-        added = {**last["details"], **(details or {}), **({"trouble": trouble} if trouble else {})}
-        return {"steps": [*before, {**last, "details": added}]}
+        return {"steps": [*before, {**last, "details": {**last["details"], **details}}]}
+
+    def _why(self) -> str:
+        return self.row["says"] or "asked for by hand"
 
     def _entry(self, step: Step, why: str, *, outcome: str | None = None) -> dict[str, Any]:
         now = self._now().isoformat()

@@ -40,8 +40,9 @@ _WAITED = 2.0  # seconds without an answer that count as that; a host that is no
 _SENT_AWAY = ("throttled", "edge_blocked")
 # Of a list that is no use: the host may not have one, and the instances may still answer one by one.
 _NO_LIST = ("not_found", "rejected", "unreadable")
-# Dialects of Baileys gateways whose key lists the sessions that it is good for (baileys-sessions.md §5).
-_LISTING = ("whaticket", "ticketz", "evolution", "waha")
+# Dialects of Baileys gateways whose key lists the sessions that it is good for (baileys-sessions.md §5). Evolution's
+# list has what it wrote down last, which is behind what a session itself says.
+_LISTING = ("whaticket", "ticketz", "waha")
 _LOOK = 1.0  # seconds between two handings on of what was found
 
 

@@ -10,6 +10,7 @@ Each phase is written down before it is made, under a claim, so a process that d
 on with. A session whose socket was closed is started before anything else is decided (security-reliability.md F3, F4).
 """
 
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -24,7 +25,7 @@ from models.session_error import Tally
 from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker, cron
 from pombal.errors import Permanent
-from pombal.middleware import bell_may_be_lost, is_store_trouble
+from pombal.middleware import bell_may_be_lost
 from pombal.settings import settings
 from workers import _ladder
 from workers._patient import host_of
@@ -32,7 +33,7 @@ from workers._repair import Turn, keep_creds, note
 
 _log = log.get()
 
-_MOST_PHASES = 20  # of one job
+_LONGEST_JOB = 30.0  # seconds; no phase is begun after so many
 _MOST_RUNG = 500  # in one round of the sweep
 _ENOUGH_JOBS = 1_000
 _LOOKS = timedelta(minutes=10)  # a round of looks may take so long before another process may begin one
@@ -45,9 +46,13 @@ def session_fixer(tenant_id: str, channel_id: str) -> None:
         tenant, channel = UUID(tenant_id), UUID(channel_id)
     except ValueError:
         raise Permanent("not the ids of a tenant and a channel") from None
-    inspect(tenant, channel)
+    with db.session([tenant]) as s:
+        is_in_a_step = Repair.is_in_a_step(s, tenant, channel)
+    if not is_in_a_step:  # whatever else: one whose socket may be closed comes first
+        inspect(tenant, channel)
     wait: float | None = None
-    for _ in range(_MOST_PHASES):
+    began = time.monotonic()
+    while time.monotonic() - began < _LONGEST_JOB:
         with db.session([tenant]) as s:
             row = Repair.claim(s, tenant, channel, uuid4())
         if row is None:
@@ -107,8 +112,7 @@ def take_note(
     new = SessionError.record(s, errors)
     ended = SessionEnd.note(s, ends)
     for row in new:
-        if row["times"] == 1:
-            metrics.session_errors.labels(row["cause"]).inc()
+        metrics.session_errors.labels(row["cause"]).inc()
     return {(row["tenant_id"], row["channel_id"]) for row in [*new, *ended]}
 
 
@@ -127,7 +131,7 @@ def inspect(tenant_id: UUID, channel_id: UUID) -> Tally:
         tally = SessionError.tally(s, tenant_id, channel_id, settings().require_error_window())
         if tally.at_once <= settings().threshold_errors or tally.since is None:
             return tally
-        why = _ladder.path(tally)[1]
+        why = _ladder.path(tally, settings().threshold_errors)[1]
         evidence = evidence_of(s, tenant_id, channel_id, tally)
         id_ = Repair.open(
             s,
@@ -160,23 +164,33 @@ def evidence_of(s: Session, tenant_id: UUID, channel_id: UUID, tally: Tally) -> 
     }
 
 
+@actor(queue="session_fixer", max_retries=1, min_backoff=1_000, max_backoff=8_000, throws=Permanent)
+def session_look(tenant_id: str, channel_id: str) -> None:
+    """Look at one session: a word for how it stands is noted, an incident opened, its credentials kept while well."""
+    try:
+        tenant, channel = UUID(tenant_id), UUID(channel_id)
+    except ValueError:
+        raise Permanent("not the ids of a tenant and a channel") from None
+    with db.session([tenant]) as s:
+        given = {"kind": ChannelKind.BAILEYS, "tenant_id": tenant, "channel_id": channel}
+        row = s.execute(_SESSION, given).mappings().first()
+    if row is not None:
+        look_at(row)
+
+
 def look_at_all() -> int:
-    """Look at every session of a Baileys gateway; returns how many there are."""
+    """Have every session of a Baileys gateway looked at, each by a job of its own; returns how many there are."""
     with db.session() as s:
         db.see_all(s)
-        rows = list(s.execute(_SESSIONS, {"kind": ChannelKind.BAILEYS}).mappings())
-    for row in rows:
-        try:
-            look_at(row)
-        except Exception as error:
-            if is_store_trouble(error):
-                raise
-            _log.error("session_look_failed", **_names(row), traceback=log.redacted(error))
-    return len(rows)
+        SessionError.forget(s)
+        found = s.execute(_SESSIONS, {"kind": ChannelKind.BAILEYS}).all()
+    for tenant_id, channel_id in found:
+        session_look.send(str(tenant_id), str(channel_id))
+    return len(found)
 
 
 def look_at(row: RowMapping) -> str:
-    """One session: a word for how it stands, noted; rings where there is something to do."""
+    """How a session stands, in a word; `row` has its channel's columns."""
     tally = inspect(row["tenant_id"], row["id"])
     verdict = verdict_of(row, tally)
     with db.session([row["tenant_id"]]) as s:
@@ -201,17 +215,10 @@ def verdict_of(row: RowMapping, tally: Tally) -> str:
     return "silent" if row["silent_since"] is not None else "well"
 
 
-def _names(row: RowMapping) -> dict[str, str]:
-    return {"tenant_id": str(row["tenant_id"]), "channel_id": str(row["id"])}
-
-
 def plan_of(s: Session, tenant_id: UUID, channel_id: UUID) -> tuple[Tally, Step, str]:
     """What the first step of a repair would be now, and why; for whoever asks by hand."""
     tally = SessionError.tally(s, tenant_id, channel_id, settings().require_error_window())
-    hopeless = _ladder.hopeless(SessionEnd.lately(s, tenant_id, channel_id, _LATELY))
-    if hopeless:
-        return tally, Step.PERSON, hopeless
-    steps, why = _ladder.path(tally)
+    steps, why = _ladder.path(tally, settings().threshold_errors)
     return tally, steps[0], why
 
 
@@ -222,10 +229,12 @@ _IS_DUE = text("""
     FROM lease WHERE name = 'session_fixer'
 """)
 
-_SESSIONS = text("""
+_SESSIONS = text("SELECT tenant_id, id FROM channel WHERE kind = :kind ORDER BY tenant_id, id")
+
+_SESSION = text("""
     SELECT c.tenant_id, c.id, c.name, c.config, c.sealed, c.own_id, c.status, c.unknown_reason, c.silent_since,
         r.state AS repair_state
     FROM channel AS c
     LEFT JOIN repair AS r ON r.tenant_id = c.tenant_id AND r.channel_id = c.id AND r.state <> 'closed'
-    WHERE c.kind = :kind ORDER BY c.tenant_id, c.id
+    WHERE c.kind = :kind AND c.tenant_id = :tenant_id AND c.id = :channel_id
 """)

@@ -48,12 +48,15 @@ def repair(given: Namespace) -> int:
     if settings().session_fixer != "repair":
         raise Refused(f"POMBAL_SESSION_FIXER is {settings().session_fixer}: nothing is repaired")
     if given.channel == ALL:
-        rows = [row for row in rows if _seen(row)["verdict"] in ("errors", "in_repair")]
+        rows = [row for row in rows if _seen(row)["verdict"] == "errors" and not _is_paused(row, says=True)]
         if not rows:
-            say("no session has too many errors")
+            say("no session has too many errors that nobody is at")
             return 0
     for row in rows:
-        _refuse_paused(row)
+        if _is_paused(row):
+            raise Refused(f"its repairs are paused: `pombal session resume {row['slug']}/{row['name']}`, or `all`")
+        if wanted is None and not _seen(row)["errors_at_once"] and row["repair_state"] is None:
+            raise Refused("no error counts: there is nothing to repair. `--step` makes a step in any case")
     started = [(row, _opened(row, wanted)) for row in rows]
     if given.no_wait:
         say(f"{len(started)} started: `pombal session history` tells what comes of it")
@@ -207,12 +210,12 @@ def _paused() -> str:
     return "; ".join(parts + ([f"{others} channels are paused"] if others else []))
 
 
-def _refuse_paused(row: RowMapping) -> None:
+def _is_paused(row: RowMapping, *, says: bool = False) -> bool:
     with db.session() as s:
         scope = RepairPause.holds(s, row["id"])
-    if scope:
-        which = ALL if scope == ALL else f"{row['slug']}/{row['name']}"
-        raise Refused(f"repairs are paused: `pombal session resume {which}`")
+    if scope and says:
+        say(f"{row['slug']}/{row['name']}: left out, its repairs are paused")
+    return scope is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- by hand

@@ -79,11 +79,15 @@ def test_a_message_counts_once_however_often_it_is_told_of(channel: Channel) -> 
         ("A", 1),
         ("B", 1),
     ]
-    assert record(row(channel, "A", ago(1), source="log")) == [("A", 2)]
-    assert record(row(channel, "A", ago(1), jid="5511944440002@s.whatsapp.net")) == [("A", 1)]  # of another chat
+    assert record(row(channel, "A", ago(1), source="log")) == []
+    assert record(row(channel, "C", ago(1), jid="5511944440002@s.whatsapp.net")) == [("C", 1)]
+    record(row(channel, "C", ago(1), jid="98765432109876@lid"))  # the same one under its other address
 
     found = tally(channel)
     assert (found.at_once, found.errors, found.contacts) == (3, 3, 2)
+    with superuser() as connection:
+        query = "SELECT message_id, times FROM session_error WHERE channel_id = %s AND jid LIKE '%%1@s%%' ORDER BY 1"
+        assert connection.execute(query, [channel.id]).fetchall() == [("A", 2), ("B", 1)]
 
 
 def test_a_message_that_arrived_is_healed_whichever_came_first(channel: Channel) -> None:
@@ -118,6 +122,9 @@ def test_what_is_old_or_of_an_incident_that_is_over_does_not_count_again(channel
 
     assert tally(channel).errors == 0
     assert tally(channel, since=ago(30)).errors == 6
+    with db.session([channel.tenant_id]) as s:  # whoever counted just before the other one was closed
+        assert Repair.open(s, channel.tenant_id, channel.id, **made) is None
+        assert Repair.open(s, channel.tenant_id, channel.id, is_by_hand=True, **made) is not None
 
 
 def test_a_clock_that_is_ahead_makes_no_errors_of_the_future(channel: Channel) -> None:
@@ -135,7 +142,7 @@ def test_weak_evidence_counts_one_per_second_and_apart(channel: Channel) -> None
     record(row(channel, "A", ago(3)))
 
     found = tally(channel)
-    assert (found.at_once, found.strong, found.contacts) == (3, 1, 1)
+    assert (found.at_once, found.strong, found.contacts) == (2, 1, 1)  # the more of them, and never their sum
     assert found.causes == {"weak": 2, "ratchet": 1}
 
 
@@ -148,7 +155,9 @@ def test_what_came_after_a_step_tells_whether_it_helped(channel: Channel) -> Non
     def heard() -> tuple[int, int, int]:
         with db.session([channel.tenant_id]) as s:
             SessionError.heal(s, channel.tenant_id, channel.id)
-            found = SessionError.heard_since(s, channel.tenant_id, channel.id, ago(60), step)
+            given = (channel.tenant_id, channel.id, ago(60), step)
+            found = SessionError.heard_since(s, *given, grace=0, weak=False)
+            assert SessionError.heard_since(s, *given, grace=60, weak=False)["fresh"] == found["errors"]
             return found["errors"], found["decrypted"], found["traffic"]
 
     assert heard() == (0, 0, 0)
@@ -171,3 +180,13 @@ def test_ends_of_connections_are_counted_by_their_code(channel: Channel) -> None
         lately = SessionEnd.lately(s, channel.tenant_id, channel.id, timedelta(minutes=30))
 
     assert lately == {440: 2, 428: 1}
+
+
+def test_messages_of_our_own_other_device_are_nobodys_contact(channel: Channel) -> None:
+    jids = [f"55119444400{n:02d}@s.whatsapp.net" for n in range(7)]
+    record(*[row(channel, jid, ago(2), jid=jid, participant="me") for jid in jids])
+
+    found = tally(channel)
+    assert (found.at_once, found.contacts) == (7, 0)
+    with db.session([channel.tenant_id]) as s:
+        assert SessionError.affected(s, channel.tenant_id, channel.id, ago(60), 9) == []

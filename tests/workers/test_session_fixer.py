@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import pytest
@@ -23,7 +24,7 @@ from pombal.cli.gateways import add_baileys_channel
 from pombal.settings import settings
 from sandbox import client
 from tests.factories import a_tenant, superuser
-from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.sandbox.baileys_servers import API_KEY, Baileys, a_baileys
 from tests.workers.tools import until
 from workers.session_fixer import inspect, session_fixer
 
@@ -61,15 +62,16 @@ def a_session(
     *,
     gateway: str = "g1",
     session: str = "26",
+    dialect: Literal["whaticket", "evolution"] = "whaticket",
     paths: dict[str, str] | None = None,
     **config: Any,
 ) -> Channel:
-    """A channel, and its session on a gateway of the Whaticket family, connected and with some contacts."""
+    """A channel, and its session, connected and with some contacts."""
     if gateway not in {one["name"] for one in client.baileys_gateways(its.url)["gateways"]}:
-        its.gateway(gateway, "whaticket", api_key="key", paths=_REFRESH if paths is None else paths)
+        its.gateway(gateway, "whaticket", api_key=API_KEY, paths=_REFRESH if paths is None else paths)
     its.session(gateway, session, contacts=4)
     given: dict[str, Any] = {"paths": paths} if paths else {}
-    made = BaileysConfig(gateway="whaticket", session=session, host=its.host(gateway), api_key="key", **given)
+    made = BaileysConfig(gateway=dialect, session=session, host=its.host(gateway), api_key=API_KEY, **given)
     channel, _ = add_baileys_channel(tenant, f"{gateway}-{session}", made)
     quick = {"observe_seconds": 0.2, "cool_down_seconds": 0, **config}
     with superuser() as connection:
@@ -128,7 +130,7 @@ def incident(channel: Channel) -> dict[str, Any]:
     """The newest one, with the steps that were acts in `acts`."""
     with superuser() as connection:
         found = connection.execute(
-            "SELECT state, outcome, step, phase, steps, says, asked_for_qr, evidence, claim_token FROM repair"
+            "SELECT state, outcome, step, phase, steps, says, asked_for_qr, evidence, claim_token, names FROM repair"
             " WHERE channel_id = %s ORDER BY opened_at DESC LIMIT 1",
             [channel.id],
         )
@@ -147,6 +149,11 @@ def go_on(channel: Channel) -> None:
             "UPDATE repair SET next_at = now() WHERE channel_id = %s AND claim_token IS NULL", [channel.id]
         )
     session_fixer.fn(str(channel.tenant_id), str(channel.id))
+
+
+def falls_due(channel: Channel) -> None:
+    with superuser() as connection:
+        connection.execute("UPDATE repair SET next_at = now() WHERE channel_id = %s", [channel.id])
 
 
 def walk(channel: Channel, **wanted: Any) -> dict[str, Any]:
@@ -357,9 +364,9 @@ def test_a_socket_that_does_not_close_keeps_its_keys(
 def test_a_cause_that_no_repair_cures_is_a_persons(baileys: Baileys, tenant: Tenant, code: int, word: str) -> None:
     channel = a_session(baileys, tenant)
     fail(channel)
-    end = {"tenant_id": channel.tenant_id, "channel_id": channel.id, "code": code, "source": "webhook"}
-    with db.session([channel.tenant_id]) as s:
-        SessionEnd.note(s, [{**end, "at": datetime.now(UTC)}])
+    if code != 440:  # a twin may be open now and then
+        baileys.end("g1", "26", code, reconnects=False)
+    ended(channel, code)
 
     told = walk(channel, state="waiting")
 
@@ -367,6 +374,33 @@ def test_a_cause_that_no_repair_cures_is_a_persons(baileys: Baileys, tenant: Ten
     assert done(baileys) == []
     arrive(channel)  # the person has settled it
     assert walk(channel, state="closed")["outcome"] == "healed"
+
+
+def ended(channel: Channel, code: int) -> None:
+    """Its connection ended with this code just now."""
+    end = {"tenant_id": channel.tenant_id, "channel_id": channel.id, "code": code, "source": "webhook"}
+    with db.session([channel.tenant_id]) as s:
+        SessionEnd.note(s, [{**end, "at": datetime.now(UTC)}])
+
+
+def test_an_end_of_before_is_no_hindrance_once_it_is_open_again(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    ended(channel, 401)  # and somebody has paired it again since
+    fail(channel)
+
+    walk(channel, step="restart", phase="watching")
+
+
+def test_what_a_person_closed_is_not_opened_by_a_repair(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="observe", phase="watching")
+    baileys.end("g1", "26", 428, reconnects=False)
+
+    told = walk(channel, state="waiting")
+
+    assert "closed" in told["says"]
+    assert done(baileys) == []
 
 
 def test_nothing_is_begun_while_it_is_paused(baileys: Baileys, tenant: Tenant) -> None:
@@ -436,10 +470,8 @@ def test_steps_cool_down_and_three_a_day_are_enough(baileys: Baileys, tenant: Te
     channel = a_session(baileys, tenant, cool_down_seconds=600)
     for n in range(3):
         fail(channel)
-        walk(channel, step="restart", phase="planned")
         if n:
-            go_on(channel)
-            assert "cools down" in incident(channel)["says"]
+            walk(channel, says="cools down after the last step; next: restart")
             with superuser() as connection:  # ten minutes, then twenty
                 connection.execute(
                     """UPDATE repair SET steps = (SELECT jsonb_agg(one || jsonb_build_object('at',
@@ -472,7 +504,10 @@ def test_nobody_writing_is_no_proof(baileys: Baileys, tenant: Tenant) -> None:
 
     assert incident(channel)["state"] == "open"
     with superuser() as connection:
-        connection.execute("UPDATE repair SET phase_at = phase_at - interval '2 days'")
+        connection.execute(
+            "UPDATE repair SET phase_at = phase_at - interval '2 days', since = since - interval '2 days'"
+        )
+        connection.execute("UPDATE session_error SET at = at - interval '2 days'")
     assert walk(channel, state="closed")["outcome"] == "unproven"
 
 
@@ -501,7 +536,9 @@ def test_a_kill_at_any_call_ends_in_a_started_session(
 ) -> None:
     channel = a_session(baileys, tenant, **with_keys(baileys))
     fail(channel)
-    walk(channel, step="restart", phase="planned")
+    with paused():
+        walk(channel, step="cause")
+    falls_due(channel)
     baileys.faults(moment, place=operation)
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(channel.tenant_id), str(channel.id)])
     until(lambda: any(one["operation"] == operation for one in baileys.calls(limit=99)), "it is at that call")
@@ -509,14 +546,125 @@ def test_a_kill_at_any_call_ends_in_a_started_session(
     process.wait()
     client.baileys_clear_faults(baileys.url)
 
-    with superuser() as connection:  # the claim runs out
-        connection.execute("UPDATE repair SET next_at = now() WHERE channel_id = %s", [channel.id])
+    falls_due(channel)  # the claim runs out
     walk(channel, step="restart", phase="watching")
     arrive(channel)
     told = walk(channel, state="closed")
 
     assert told["acts"] == [("restart", "repaired")]
     assert baileys.state("g1", "26") == "open"
+
+
+def test_keys_are_left_alone_when_somebody_has_started_the_session_meanwhile(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    assert opened_by_hand(channel, Step.DROP_KEYS)
+    before = tree(baileys.folder("g1", "26"))
+    with superuser() as connection:  # as a process leaves it that died after its stop was confirmed, long ago
+        connection.execute(
+            """UPDATE repair SET step = 'drop_keys', phase = 'stopped', names = %s,
+                steps = '[{"step": "drop_keys", "why": "", "at": "2026-01-01T00:00:00Z", "is_act": true,
+                    "outcome": null, "details": {}}]'
+                WHERE channel_id = %s""",
+            [json.dumps([name for name in before if name.startswith("session-")]), channel.id],
+        )
+
+    walk(channel, step="drop_keys", phase="watching")
+
+    assert baileys.violations() == []
+    assert done(baileys) == [("26", "stop"), ("26", "start")]  # stopped once more before anything was dropped
+
+
+def test_a_session_whose_stored_credentials_are_broken_is_not_restarted(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    baileys.break_("g1", "26", "creds_truncated")
+    fail(channel)
+
+    told = walk(channel, state="waiting")
+
+    assert "credentials are broken" in told["says"]
+    assert done(baileys) == []
+    assert baileys.state("g1", "26") == "open"
+
+
+def test_nothing_is_stopped_for_credentials_of_which_there_is_no_copy(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    fail(channel, cause="identity")
+
+    told = walk(channel, state="waiting")
+
+    assert told["acts"] == []
+    assert done(baileys) == []
+
+
+def test_a_code_after_a_logout_on_the_phone_is_not_blamed_on_restarts(baileys: Baileys, tenant: Tenant) -> None:
+    channel, other = a_session(baileys, tenant), a_session(baileys, tenant, session="27")
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    baileys.unpair("g1", "26")
+    ended(channel, 401)
+
+    told = walk(channel, state="waiting")
+
+    assert not told["asked_for_qr"]
+    fail(other)
+    walk(other, step="restart", phase="watching")
+
+
+def test_a_session_that_cannot_be_opened_is_a_persons(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    baileys.habits("g1", "26", start_fails=True)
+    fail(channel)
+    walk(channel, step="restart", phase="starting")
+    ended(channel, 403)
+
+    told = walk(channel, state="waiting")
+
+    assert "blocked" in told["says"]
+
+
+def test_one_error_of_a_stranger_does_not_condemn_a_step_that_helped(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    arrive(channel, contacts=8)
+    fail(channel, contacts=12, count=12)  # of four strangers too, and the others' messages arrive yet
+    arrive(channel, contacts=8)
+
+    told = walk(channel, state="closed")
+
+    assert (told["outcome"], [step for step, _ in told["acts"]]) == ("repaired", ["restart"])
+
+
+def test_a_restart_whose_answer_is_lost_is_made_once(baileys: Baileys, tenant: Tenant) -> None:
+    baileys.gateway("e1", "evolution")
+    channel = a_session(baileys, tenant, gateway="e1", dialect="evolution")
+    baileys.faults("http500", place="restart")
+    fail(channel)
+
+    walk(channel, step="restart", phase="watching")
+
+    assert [one for one in done(baileys, "e1") if one[1] == "restart"] == [("26", "restart")]
+
+
+def test_a_contact_that_the_gateway_refuses_is_left_out(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, paths=_REFRESH)
+    baileys.faults("http400", place="refresh_contact", count=1)
+    fail(channel, contacts=2, cause="ratchet")
+
+    told = walk(channel, step="contact_refresh", phase="watching")
+
+    assert told["steps"][-1]["details"] == {"refreshed": 1}
+    assert told["names"] is None
+
+
+def test_a_store_out_of_reach_is_left_out(baileys: Baileys, tenant: Tenant) -> None:
+    auth = {"kind": "files", "folder": str(baileys.root / "nowhere")}
+    channel = a_session(baileys, tenant, auth=auth, may_refresh_contacts=True, may_drop_keys=True)
+    fail(channel, contacts=2, cause="ratchet")
+
+    told = walk(channel, state="waiting")
+
+    assert [one["outcome"] for one in told["steps"] if one["step"] == "contact_refresh"] == ["skipped"]
 
 
 def test_two_fixers_at_once_make_one_repair(baileys: Baileys, tenant: Tenant) -> None:
@@ -543,6 +691,16 @@ def test_two_fixers_at_once_make_one_repair(baileys: Baileys, tenant: Tenant) ->
     assert done(baileys) == [("26", "stop"), ("26", "start")]
     with superuser() as connection:
         assert connection.execute("SELECT count(*) FROM repair").fetchone() == (1,)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Nothing is begun meanwhile."""
+    with db.session() as s:
+        RepairPause.set(s, "all")
+    yield
+    with db.session() as s:
+        RepairPause.end(s, "all")
 
 
 def _is(channel: Channel, **wanted: Any) -> bool:
