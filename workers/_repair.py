@@ -172,7 +172,10 @@ class Turn:
         cool_down = float(self.row["config"].get("cool_down_seconds", _COOL_DOWN)) * 2 ** max(0, made.steps - 1)
         if made.seconds_ago is not None and made.seconds_ago < cool_down and not by_hand:
             left = cool_down - made.seconds_ago
-            return self._later(f"cools down after the last step; next: {self.step}", left, is_failure=False)
+            until = (self._now() + timedelta(seconds=left)).strftime("%H:%M UTC")
+            return self._later(
+                f"cools down after the last step until {until}; next: {self.step}", left, is_failure=False
+            )
         lacks = self.patient.means(gateway).lacks(self.step)
         if lacks is not None:  # it could when it was chosen, or it was asked for by hand
             return self._ended_with("skipped", lacks)
@@ -327,7 +330,7 @@ class Turn:
         has_failed = heard["again"] or heard["errors"] > most or (heard["errors"] and not heard["decrypted"])
         if age >= observed and has_failed:
             return self._ended_with("failed", f"{heard['errors']} more messages could not be decrypted")
-        if age < observed or heard["fresh"]:
+        if age < observed or heard["fresh"] or heard["errors"]:
             return Next({"says": f"watches what came of {self.step}"}, self._glance())
         if age > _LONGEST_WATCH:
             return self._closed(RepairOutcome.UNPROVEN, "nobody has written since")
@@ -336,7 +339,7 @@ class Turn:
     def _observing(self, tally: Tally, heard: RowMapping, is_long_enough: bool) -> Next:
         if tally.at_once <= settings().threshold_errors:
             return self._closed(RepairOutcome.HEALED, "the messages arrived after all")
-        if not is_long_enough or heard["fresh"]:
+        if not is_long_enough or (heard["fresh"] and not heard["errors"]):
             return Next({"says": "observes whether it heals by itself"}, self._glance())
         if not heard["errors"] and heard["decrypted"]:
             return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")

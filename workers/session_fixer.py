@@ -193,6 +193,9 @@ def look_at(row: RowMapping) -> str:
     """How a session stands, in a word; `row` has its channel's columns."""
     tally = inspect(row["tenant_id"], row["id"])
     verdict = verdict_of(row, tally)
+    if verdict == "needs_a_person":
+        names = {"tenant_id": str(row["tenant_id"]), "channel_id": str(row["id"])}
+        _log.error("session_needs_a_person", **names, why=hopeless_of(row))
     with db.session([row["tenant_id"]]) as s:
         SessionLook.note(s, row["tenant_id"], row["id"], verdict)
     if verdict == "well":
@@ -206,6 +209,8 @@ def verdict_of(row: RowMapping, tally: Tally) -> str:
     """A word for how a session stands; `row` says how its channel does, and the state of its incident."""
     if row["repair_state"] is not None:
         return "waits_for_a_person" if row["repair_state"] == "waiting" else "in_repair"
+    if hopeless_of(row):
+        return "needs_a_person"
     if tally.at_once > settings().threshold_errors:
         return "errors"
     if row["unknown_reason"] is not None or row["status"] is None:
@@ -213,6 +218,13 @@ def verdict_of(row: RowMapping, tally: Tally) -> str:
     if row["status"] != "connected":
         return "disconnected"
     return "silent" if row["silent_since"] is not None else "well"
+
+
+def hopeless_of(row: RowMapping) -> str | None:
+    """What a person has to do about a session whose connection ended lately for a reason that no repair cures."""
+    with db.session([row["tenant_id"]]) as s:
+        ends = SessionEnd.lately(s, row["tenant_id"], row["id"], _LATELY)
+    return _ladder.hopeless(ends, is_open=row["status"] == "connected")
 
 
 def plan_of(s: Session, tenant_id: UUID, channel_id: UUID) -> tuple[Tally, Step, str]:

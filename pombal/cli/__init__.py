@@ -284,15 +284,15 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("--step", default=None, help="only this step of the ladder, by its number or name (docs)")
     repair.add_argument("--no-wait", action="store_true", help="do not wait for what comes of it")
     listing = _add(session, "history", "sessions:history", "incidents, steps and outcomes", as_json=True)
-    listing.add_argument("--limit", type=int, default=20)
+    listing.add_argument("--limit", type=_count(1_000), default=20)
     pause = _add(session, "pause", "sessions:pause", "begin no further step; one under way is finished")
     resume = _add(session, "resume", "sessions:resume", "end a pause")
-    named = "TENANT/NAME, the channel's id, or the session's name at its gateway; or all"
+    named = "TENANT/NAME, the channel's id or name, or the session's name at its gateway; or all"
     for word in (check, listing, pause, resume):
         word.add_argument("channel", nargs="?", default="all", help=named)
     repair.add_argument("channel", help=named)
     numbers = _add(session, "stats", "sessions:stats", "looks, incidents, and what came of them", as_json=True)
-    numbers.add_argument("--days", type=int, default=30)
+    numbers.add_argument("--days", type=_count(3_650), default=30)
     scan = _add(session, "scan", "session_logs:scan", "what logs tell of each session; no database", as_json=True)
     scan.add_argument("logs", nargs="+", metavar="LOG", help="a file, also .gz, or - for standard input")
     tail = _add(session, "follow", "session_logs:follow", "note what gateways write into their logs, until stopped")
@@ -429,6 +429,17 @@ def table(rows: list[dict[str, object]], *, empty: str, width: int | None = None
 
 def default_data() -> str:
     return str(data_folder())
+
+
+def _count(most: int) -> Callable[[str], int]:
+    """A number from 1 to `most`, for argparse."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text[:12]) <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from 1 to {most}")
+        return int(text)
+
+    return count
 
 
 def _add(

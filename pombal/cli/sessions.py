@@ -36,7 +36,11 @@ def check(given: Namespace) -> int:
         table([_line(row) for row in rows], empty="no channels of Baileys gateways")
         if scope := _paused():
             say(scope)
-    return 1 if any(row["verdict"] in ("errors", "in_repair", "waits_for_a_person") for row in rows) else 0
+    return (
+        1
+        if any(row["verdict"] in ("errors", "in_repair", "needs_a_person", "waits_for_a_person") for row in rows)
+        else 0
+    )
 
 
 def repair(given: Namespace) -> int:
@@ -66,16 +70,17 @@ def repair(given: Namespace) -> int:
 
 def pause(given: Namespace) -> int:
     """Nothing is begun any more; a step that is under way is finished, so that no session stays stopped."""
-    scope = ALL if given.channel == ALL else str(channel_ids(given.channel)[1])
+    scope = ALL if given.channel == ALL else str(_chosen(given.channel)[0]["id"])
     with db.session() as s:
         is_news = RepairPause.set(s, scope)
-    say("paused" if is_news else "paused already")
+    what = "all repairs are" if given.channel == ALL else "its repairs are"
+    say(f"{what} paused" if is_news else f"{what} paused already")
     return 0
 
 
 def resume(given: Namespace) -> int:
     """End a pause. The pause of `all` and that of a channel are two things."""
-    ids = None if given.channel == ALL else channel_ids(given.channel)
+    ids = None if given.channel == ALL else _ids(given.channel)
     with db.session() as s:
         is_news = RepairPause.end(s, str(ids[1]) if ids else ALL)
         still = RepairPause.holds(s, ids[1]) if ids else None
@@ -136,17 +141,18 @@ def stats(given: Namespace) -> int:
 
 
 def _chosen(name: str | None) -> list[RowMapping]:
-    """One channel by TENANT/NAME, its id or the end of it, or its session's name at its gateway; or all of them."""
+    """One channel by TENANT/NAME, its name or that of its session if no other has that, its id or the end of it; or
+    all of them."""
     with db.session() as s:
         db.see_all(s)
         rows = list(s.execute(_CHANNELS, {"kind": ChannelKind.BAILEYS}).mappings())
     if name in (None, ALL):
         return rows
-    by_session = [row for row in rows if row["config"].get("session") == name]
-    if len(by_session) > 1:
-        raise Refused(f"several gateways have a session {name}: give TENANT/NAME")
-    if by_session:
-        return by_session
+    by_name = [row for row in rows if name in (row["config"].get("session"), row["name"])]
+    if len(by_name) > 1:
+        raise Refused(f"several channels or sessions are called {name}: give TENANT/NAME")
+    if by_name:
+        return by_name
     _, channel_id = channel_ids(str(name))
     found = [row for row in rows if row["id"] == channel_id]
     if not found:
@@ -154,8 +160,13 @@ def _chosen(name: str | None) -> list[RowMapping]:
     return found
 
 
+def _ids(name: str) -> tuple[UUID, UUID]:
+    (row,) = _chosen(name)
+    return row["tenant_id"], row["id"]
+
+
 def _seen(row: RowMapping) -> dict[str, Any]:
-    from workers.session_fixer import plan_of, verdict_of  # imports the fleet
+    from workers.session_fixer import hopeless_of, plan_of, verdict_of  # imports the fleet
 
     with db.session([row["tenant_id"]]) as s:
         tally, step, why = plan_of(s, row["tenant_id"], row["id"])
@@ -175,7 +186,7 @@ def _seen(row: RowMapping) -> dict[str, Any]:
         "causes": tally.causes,
         "verdict": verdict,
         "looked_at": row["looked_at"],
-        "says": row["says"] or (f"{step}: {why}" if is_much else None),
+        "says": row["says"] or (f"{step}: {why}" if is_much else hopeless_of(row)),
     }
 
 

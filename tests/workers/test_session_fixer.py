@@ -26,7 +26,7 @@ from sandbox import client
 from tests.factories import a_tenant, superuser
 from tests.sandbox.baileys_servers import API_KEY, Baileys, a_baileys
 from tests.workers.tools import until
-from workers.session_fixer import inspect, session_fixer
+from workers.session_fixer import inspect, session_fixer, session_look
 
 JIDS = [f"55119444400{n:02d}@s.whatsapp.net" for n in range(1, 13)]
 _REFRESH = {"refresh_contact": "POST /whatsapp/{session}/refresh/{jid}"}
@@ -149,6 +149,11 @@ def go_on(channel: Channel) -> None:
             "UPDATE repair SET next_at = now() WHERE channel_id = %s AND claim_token IS NULL", [channel.id]
         )
     session_fixer.fn(str(channel.tenant_id), str(channel.id))
+
+
+def go_on_and_see(channel: Channel) -> str:
+    go_on(channel)
+    return str(incident(channel)["says"])
 
 
 def falls_due(channel: Channel) -> None:
@@ -471,7 +476,7 @@ def test_steps_cool_down_and_three_a_day_are_enough(baileys: Baileys, tenant: Te
     for n in range(3):
         fail(channel)
         if n:
-            walk(channel, says="cools down after the last step; next: restart")
+            until(lambda: go_on_and_see(channel).startswith("cools down after the last step until"), "it cools down")
             with superuser() as connection:  # ten minutes, then twenty
                 connection.execute(
                     """UPDATE repair SET steps = (SELECT jsonb_agg(one || jsonb_build_object('at',
@@ -584,6 +589,35 @@ def test_a_session_whose_stored_credentials_are_broken_is_not_restarted(baileys:
     assert "credentials are broken" in told["says"]
     assert done(baileys) == []
     assert baileys.state("g1", "26") == "open"
+
+
+def test_broken_credentials_are_put_back_from_a_copy_of_the_same_pairing(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    baileys.is_open("g1", "26")
+    assert keep_creds_of(channel)
+    good = (baileys.folder("g1", "26") / "creds.json").read_bytes()
+    baileys.break_("g1", "26", "creds_truncated")
+    fail(channel)
+
+    told = walk(channel, step="restore_creds", phase="watching")
+
+    assert told["steps"][-1]["details"] == {"restored": 1}
+    assert baileys.state("g1", "26") == "open"
+    before, after = json.loads(good), json.loads((baileys.folder("g1", "26") / "creds.json").read_bytes())
+    assert after["signedIdentityKey"] == before["signedIdentityKey"]
+    arrive(channel)
+    assert walk(channel, state="closed")["outcome"] == "repaired"
+    assert baileys.violations() == []
+
+
+def keep_creds_of(channel: Channel) -> bool:
+    """As the fixer keeps them while a session is well."""
+    with superuser() as connection:
+        connection.execute("UPDATE channel SET status = 'connected' WHERE id = %s", [channel.id])
+    session_look.fn(str(channel.tenant_id), str(channel.id))
+    with superuser() as connection:
+        found = connection.execute("SELECT verdict FROM session_look WHERE channel_id = %s", [channel.id]).fetchone()
+    return found == ("well",)
 
 
 def test_nothing_is_stopped_for_credentials_of_which_there_is_no_copy(baileys: Baileys, tenant: Tenant) -> None:
