@@ -8,8 +8,9 @@ the lines with one of the four phrases of the old system's script, `grep -ci` th
 a process that reads the file in pieces and tallies nothing. Each is run three times in turns, the median is told.
 
 `follower` is `pombal session follow --from-start` on the usual file, with a channel that is meant: until its place in
-the database is the end of the file. `incident`: the follower and a worker run; six failures of one session are written,
-and the clock runs from the sixth until its row of `repair` is there.
+the database is the end of the file. `incident by log`: the follower and a worker run; six failures of one session are
+written, and the clock runs from the sixth until its row of `repair` is there. `incident by webhook`: the same, each
+failure posted to the web tier.
 """
 
 import argparse
@@ -20,14 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from rig import HERE, Failed, Rig, rig, wait
+from rig import HERE, Failed, Rig, free_port, rig, wait, wait_until_ready
 
+from models import WebhookToken
 from pombal.ids import uuid7
 from providers.gateway_log import Failure, LogReader
 
@@ -58,6 +61,7 @@ def main() -> int:
             with rig(1) as its:
                 backlog(its, usual)
                 incidents(its, Path(folder) / "live.log", given.incidents)
+                webhooks(its, given.incidents)
     return 0
 
 
@@ -173,11 +177,11 @@ def timed(work: Callable[[], None]) -> float:
 # -------------------------------------------------------------------------------------------------------- the follower
 
 
-def channels(its: Rig, count: int) -> Iterator[tuple[UUID, str]]:
+def channels(its: Rig, count: int, first: int = 0) -> Iterator[tuple[UUID, str]]:
     """New channels on a Baileys gateway; their ids and their sessions' names."""
     with its.superuser("pombal") as connection:
         row = connection.execute("SELECT id FROM tenant").fetchone()
-        for n in range(count):
+        for n in range(first, first + count):
             id_, session = uuid7(), f"bench-{n}"
             config = Jsonb({"gateway": "whaticket", "host": "http://127.0.0.1:9", "session": session})
             columns = "tenant_id, id, kind, name, config"
@@ -239,7 +243,54 @@ def incidents(its: Rig, file: Path, count: int) -> None:
             wait(lambda: is_open(channel), "no incident was opened", every=0.005)  # noqa: B023 - within this round
             took.append(time.monotonic() - began)
     median, worst = statistics.median(took), max(took)
-    print(f"incident: {median:.2f} s from the sixth line to the row, worst {worst:.2f} s, of {count}", flush=True)
+    print(
+        f"incident by log: {median:.2f} s from the sixth line to the row, worst {worst:.2f} s, of {count}", flush=True
+    )
+
+
+def webhooks(its: Rig, count: int) -> None:
+    """The same by webhook: web, worker and fixer."""
+    port, took = free_port(), []
+    web = ("-m", "pombal", "web", "--host", "127.0.0.1", "--port", str(port))
+    worker = ("-m", "pombal", "worker", "incoming_message")
+    with (
+        its.superuser("pombal") as connection,
+        its.process("web", "pombal", *web),
+        its.process("incoming", "pombal", *worker),
+        its.process("fixer", "pombal", "-m", "pombal", "worker", "session_fixer"),
+    ):
+        wait_until_ready(port)
+        for channel, _ in channels(its, count, first=1000):
+            row = connection.execute("SELECT tenant_id FROM channel WHERE id = %s", [channel]).fetchone()
+            token, text = WebhookToken.make(row[0] if row else uuid7(), channel, None)
+            values = (token.digest, token.tenant_id, token.channel_id)
+            connection.execute("INSERT INTO webhook_token (digest, tenant_id, channel_id) VALUES (%s, %s, %s)", values)
+
+            def post(n: int, channel: UUID = channel, text: str = text) -> None:
+                key = {"remoteJid": f"55119444400{n:02}@s.whatsapp.net", "fromMe": False, "id": f"{channel.hex}{n}"}
+                stub = {"messageStubType": 2, "messageStubParameters": ["Invalid PreKey ID"], "messageTimestamp": 1}
+                body = {"event": "messages.upsert", "data": {"messages": [{"key": key, **stub}], "type": "notify"}}
+                address = f"http://127.0.0.1:{port}/api/webhooks/baileys/{channel}?token={text}"
+                head = {"content-type": "application/json"}
+                request = urllib.request.Request(address, json.dumps(body).encode(), head)
+                with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - ours
+                    pass
+
+            def has(table: str, rows: int, channel: UUID = channel) -> bool:
+                query = f"SELECT FROM {table} WHERE channel_id = %s"
+                return connection.execute(query, [channel]).rowcount == rows
+
+            for n in range(5):
+                post(n)
+            wait(lambda has=has: has("session_error", 5), "five failures are not noted")  # type: ignore[misc]
+            if has("repair", 1):
+                raise Failed("five failures opened an incident")
+            began = time.monotonic()
+            post(5)
+            wait(lambda has=has: has("repair", 1), "no incident was opened", every=0.005)  # type: ignore[misc]
+            took.append(time.monotonic() - began)
+    median, worst = statistics.median(took), max(took)
+    print(f"incident by webhook: {median:.2f} s from the sixth post to the row, worst {worst:.2f} s, of {count}")
 
 
 if __name__ == "__main__":
