@@ -114,7 +114,7 @@ def choose(tally: Tally, most: int, tried: Collection[str], means: Means) -> Cho
             continue
         lacks = means.lacks(step)
         if lacks is None:
-            return Choice(step, why if not tried else f"{why}; {', '.join(tried)} did not help", tuple(skipped))
+            return Choice(step, why if not tried else f"{why}; before: {', '.join(tried)}", tuple(skipped))
         skipped.append((step, lacks))
     return Choice(Step.PERSON, why, tuple(skipped))
 

@@ -22,7 +22,7 @@ from pombal.middleware import is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers import authstore
-from providers.authstore import StoreFault
+from providers.authstore import Store, StoreFault
 from providers.gateway import Gateway, Look
 from providers.instance import InstanceFault
 from providers.undecrypted import Cause
@@ -190,7 +190,7 @@ class Turn:
 
     def _chosen(self, gateway: Gateway) -> Next:
         """Begin the step, with what it works on."""
-        known = self.patient.store()
+        known = self._known_store()
         if known is not None and self.step != Step.RESTORE_CREDS and known.creds_are_broken():
             # It lives by what it has in memory: whoever closes its socket now loses the pairing.
             if self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None and known.plan_restore() is not None:
@@ -207,6 +207,19 @@ class Turn:
             jids = [jid for jid in self.patient.affected() if not jid.endswith("@g.us")]
             return self._begun(Phase.ACTING, self._why(), names=jids)
         return self._begun(Phase.ACTING if "restart" in gateway.abilities else Phase.STOPPING, self._why())
+
+    def _known_store(self) -> Store | None:
+        """The store of its keys, if it can be reached: a restart needs none. Raises `StoreFault` for other steps."""
+        try:
+            store = self.patient.store()
+            if store is not None:
+                store.check()
+        except StoreFault as fault:
+            if self.step != Step.RESTART or fault.code not in _LASTING:
+                raise
+            _log.warning("repair_store_unknown", **self._names(), code=fault.code)
+            return None
+        return store
 
     # ------------------------------------------------------------------------------------------------- making a step
 
