@@ -165,7 +165,9 @@ def moment(said: object) -> datetime | time | None:
             end += 1
         said = said[:start] + said[start : min(end, start + 6)] + said[end:]
     try:
-        return datetime.fromisoformat(said)
+        return in_utc(datetime.fromisoformat(said))
+    except OverflowError:
+        return None
     except ValueError:
         pass
     try:
@@ -174,9 +176,18 @@ def moment(said: object) -> datetime | time | None:
         return None
 
 
-def on_a_day(at: time, day: date, before: datetime | None) -> datetime:
-    """A time of day as a moment: of that day, or of the one after when it has been later than that before."""
-    made = datetime.combine(day, at, at.tzinfo or UTC)
-    while before is not None and made < before - timedelta(hours=12):
-        made += timedelta(days=1)
-    return made
+def in_utc(at: datetime) -> datetime:
+    """A moment with a zone in UTC, since not every zone that loggers may write is one that databases take; one without
+    a zone stays so. Raises `OverflowError` where that is in no year."""
+    return at if at.tzinfo is None else at.astimezone(UTC)
+
+
+def on_a_day(at: time, day: date, before: datetime | None) -> datetime | None:
+    """A time of day as a moment: of that day, or of the first after on which it is no more than half a day before
+    `before`. None where that is in no year."""
+    try:
+        made = in_utc(datetime.combine(day, at, at.tzinfo or UTC))
+        behind = before - made - timedelta(hours=12) if before is not None else timedelta(0)
+        return made if behind <= timedelta(0) else made + timedelta(days=-(-behind // timedelta(days=1)))
+    except OverflowError:
+        return None

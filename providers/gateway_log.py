@@ -12,7 +12,7 @@ distance in bytes. Nothing of a line is kept but ids, addresses and causes: line
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NamedTuple, TypeAlias
 
 from providers import jid
@@ -41,6 +41,10 @@ _OPEN = 128 * 1024  # … and for which a record or block may stay open
 _BLOCKS = 256  # that wait for their record
 _SOURCES = 64
 _SESSIONS = 1024
+_SAME_ID = 8  # records of one message, as each session that is in a group tells of it
+_PATIENCE = timedelta(seconds=1)  # for which a record waits, or stays open, while other lines are being written
+_SHORT = timedelta(minutes=5)  # what was written within it may as well have been written at once
+_DAY = timedelta(days=1)
 _SAME_END = 5.0  # seconds within which a connection's end is told by several lines
 
 _FAILED = "failed to decrypt message"
@@ -55,8 +59,17 @@ _TRACES = (
     ("restart required", 515),
 )
 _LOUD = {"WARN", "ERROR", "FATAL"}
-_LOUD_WORDS = {"error", "err", "warn", "warning", "fatal"}
+_OWN_WORDS = (  # that may stand before one of the phrases
+    " error err warn warning fatal sessionerror prekeyerror messagecountererror uncaught unhandled exception rejection "
+    "session whatsapp wbot baileys libsignal signal whatsappid t z am pm utc gmt mon tue wed thu fri sat sun "
+    "jan feb mar apr may jun jul aug sep oct nov dec "
+)
 _OTHERS_TEXT = ("http/", "get /", "post /", "put /", "://", "body", "text:", "caption", "mensagem")
+_OTHERS_FIELDS = ("body", "text", "caption", "conversation")
+_SAME_CHAT = ("remoteJid", "previousRemoteJid", "remoteJidAlt", "senderPn", "senderLid")
+
+ME = "me"
+"""The participant of a message that another device of the session's own account wrote: it is no contact's."""
 
 RECORD, CONSOLE, DETAIL, WEAK, NO_CHAT, OTHER_TEXT = "record", "console", "detail", "weak", "no_chat", "other_text"
 """What a matching line turned out to be: see `LogReader.matched`."""
@@ -98,11 +111,22 @@ class Ended(NamedTuple):
 Finding: TypeAlias = Failure | Weak | Ended
 
 
+class Backlog(NamedTuple):
+    """Bytes before `until` were written while nobody looked: after `since`, and the last of them at `written`, which
+    lines that tell a time of day alone call `clock` (`last_clock`)."""
+
+    until: int
+    since: datetime
+    written: datetime
+    clock: time | None
+
+
 @dataclass(slots=True)
 class _Block:
     """What libsignal printed for one message: the contact's address, and what stands in it."""
 
     byte: int
+    since: datetime
     address: str | None = None
     is_counter: bool = False
     is_ahead: bool = False
@@ -117,7 +141,9 @@ class _Slot:
     """A place in the order of what is told. `block`, or `people` for one that has not come, is what it waits for."""
 
     byte: int
+    since: datetime
     is_done: bool = False
+    is_told: bool = False
     finding: Finding | None = None
     block: _Block | None = None
     address: str | None = None
@@ -130,6 +156,7 @@ class _Open:
 
     slot: _Slot
     kind: str  # `join`, `pretty` or `stub`
+    heard: datetime
     name: str = ""  # the record's message
     at: datetime | None = None
     fields: dict[str, Any] | None = None
@@ -149,8 +176,9 @@ class LogReader:
     """Reads one log, from `begin` on.
 
     `attribute` is the field of a record that names the session, or `prefix` for the name before the bar; without it the
-    known ones are tried. `session` says it of all records. `day` is for files whose lines tell a time of day or none:
-    then times without a zone are UTC; without it (a log that is being written) such lines are stamped on arrival.
+    known ones are tried. `session` says it of all records but those that name another (`is_other`). `day` is for files
+    whose lines tell a time of day or none: then times without a zone are UTC; without it (a log that is being written)
+    such lines are stamped on arrival.
     """
 
     def __init__(
@@ -163,6 +191,8 @@ class LogReader:
         self.too_long = 0
         """Lines, records and joined lines that were passed over."""
         self._base = begin  # the byte of the first that is in `_rest`
+        self._byte = begin  # of the line that is read
+        self._backlog: Backlog | None = None
         self._rest = bytearray()
         self._is_cut = False  # in the middle of a line that is too long
         self._now = datetime.now(UTC)
@@ -174,7 +204,7 @@ class LogReader:
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._weak: OrderedDict[str, int] = OrderedDict()
         self._ends: OrderedDict[str | None, tuple[int, datetime]] = OrderedDict()
-        self._told_of: OrderedDict[tuple[str, str], _Slot] = OrderedDict()  # the last records, by chat and message
+        self._told_of: OrderedDict[str, deque[_Slot]] = OrderedDict()  # the last records, by message
         self._given: _Slot | None = None
 
     @property
@@ -190,7 +220,12 @@ class LogReader:
             self._rest += chunk[start : start + _SLICE]
             self._read()
             told += self._told()
-        return told
+        return told + self._overdue()
+
+    def fell_behind(self, backlog: Backlog) -> None:
+        """What comes before `backlog.until` is no news: such lines are not stamped on arrival. Those whose time cannot
+        be reckoned are dated a day before, where nobody counts them, unless all were written within minutes."""
+        self._backlog = backlog
 
     def settle(self, now: datetime) -> list[Finding]:
         """Nothing more came for a while: what is open ends here, except for a line without its end."""
@@ -201,6 +236,19 @@ class LogReader:
         for source in list(self._open_blocks):
             self._close_block(source)
         for slot in list(self._waiting):
+            self._decide(slot)
+        return self._told()
+
+    def _overdue(self) -> list[Finding]:
+        """A log that is never silent does not settle: what has waited for too long is told as it is."""
+        if not (self._open or self._open_blocks or self._waiting):
+            return []
+        before = self._now - _PATIENCE
+        for source in [one for one, it in self._open.items() if it.kind != "join" and it.heard < before]:
+            self._close(source)
+        for source in [one for one, block in self._open_blocks.items() if block.since < before]:
+            self._close_block(source)
+        for slot in [slot for slot in self._waiting if slot.since < before]:
             self._decide(slot)
         return self._told()
 
@@ -272,7 +320,7 @@ class LogReader:
         elif line.is_partial:
             # What was open in this source goes on after it: a split line is no part of it.
             self._close(line.source)
-            self._start(_Open(self._slot(byte), "join", at=line.at), line.source).add(line.text)
+            self._start(_Open(self._slot(byte), "join", self._now, at=line.at), line.source).add(line.text)
         else:
             self._text(line, byte)
 
@@ -287,6 +335,7 @@ class LogReader:
             self._given.is_done, self._given = True, None
 
     def _text(self, line: Line, byte: int) -> None:
+        self._byte = byte
         lower = line.text.lower()
         is_match = _holds(lower, _SAID)
         kind = self._kind(line, byte, is_match or _holds(lower, _OTHER_NEEDLES))
@@ -299,6 +348,7 @@ class LogReader:
         if (started := self._open.get(line.source)) is not None:
             if text[:1].isspace() or (started.kind == "stub" and text[:1] in "}]"):
                 started.add(text)
+                started.heard = self._now
                 if started.kind == "stub" and text[:1] in "}]":
                     self._close(line.source)
                 return DETAIL
@@ -322,7 +372,8 @@ class LogReader:
             fields = from_json(text.rstrip().encode("utf-8", "replace"))
             return self._json(line, byte, fields) if isinstance(fields, dict) else OTHER_TEXT
         if (start := text.find(_STUB)) >= 0 and _is_evolution(text[:start]):
-            record = self._start(_Open(self._slot(byte), "stub", at=self._moment(line, None), line=line), line.source)
+            record = _Open(self._slot(byte), "stub", self._now, at=self._moment(line, None), line=line)
+            self._start(record, line.source)
             record.add(text[start + len(_STUB) :])
             if text.rstrip().endswith("}"):
                 self._close(line.source)
@@ -345,7 +396,7 @@ class LogReader:
         if name == "transaction failed, rolling back":
             return DETAIL
         level = fields.get("level")
-        is_loud = isinstance(level, int) and level >= 40
+        is_loud = isinstance(level, int) and level >= 40 and not any(name in fields for name in _OTHERS_FIELDS)
         return self._weakly(line, said, byte, at) if is_loud else OTHER_TEXT
 
     def _pretty(
@@ -354,7 +405,7 @@ class LogReader:
         at = self._moment(line, said)
         if (name := _bare(message)) != _FAILED and name not in _ENDS:
             return self._weakly(line, message, byte, at) if level in _LOUD else OTHER_TEXT
-        record = _Open(self._slot(byte), "pretty", name, at, {**(fields or {}), "msg": message}, line)
+        record = _Open(self._slot(byte), "pretty", self._now, name, at, {**(fields or {}), "msg": message}, line)
         self._start(record, line.source)
         return RECORD
 
@@ -382,7 +433,7 @@ class LogReader:
         self, slot: _Slot, name: str, line: Line, fields: dict[str, Any], said: str, at: datetime | None
     ) -> None:
         at = at or self._now
-        session = self._session or self._attributed(fields, said, line)
+        session = self._whose(fields, said, line)
         if name == _FAILED:
             error = fields.get("err")
             self._failed(slot, session, fields, error if isinstance(error, dict) else {"message": error}, at)
@@ -406,12 +457,15 @@ class LogReader:
         if chat is None or not isinstance(id_, str) or not 0 < len(id_) <= 128 or not id_.isprintable():
             return
         participant = _address(key.get("participant")) if chat.endswith("@g.us") else None
+        if key.get("fromMe") is True:
+            participant = ME
         text = error.get("message")
         cause = cause_of(text if isinstance(text, str) else "")
         if "MessageCounterError" in (error.get("type"), error.get("name")):
             cause = Cause.DUPLICATE
         slot.finding = Failure(session, chat, participant or "", id_, cause, at, slot.byte)
-        _remember(self._told_of, (str(key.get("remoteJid")), id_), slot)
+        _remember(self._told_of, id_, self._told_of.get(id_) or deque(maxlen=_SAME_ID))
+        self._told_of[id_].append(slot)
         if cause is not Cause.RATCHET:
             return
         stack = error.get("stack")
@@ -433,21 +487,38 @@ class LogReader:
         if not isinstance(parameters, list) or not parameters or record.line is None:
             record.slot.is_done = True
             return
-        session = self._session or self._attributed(found, "", record.line)
+        session = self._whose(found, "", record.line)
         key = found.get("key")
-        before = self._told_of.get((str(key.get("remoteJid")), str(key.get("id")))) if isinstance(key, dict) else None
-        if before is not None and before.finding is not None:  # by Baileys' own record, a moment ago
-            self._decide(before)
-            if isinstance(before.finding, Failure) and session not in (None, before.finding.session):
-                record.slot.finding = before.finding._replace(session=session, byte=record.slot.byte)
-            record.slot.is_done = True
-            return
-        self._failed(record.slot, session, found, {"message": parameters[0]}, record.at or self._now)
+        if not self._is_told(key if isinstance(key, dict) else {}, session, record.slot):
+            self._failed(record.slot, session, found, {"message": parameters[0]}, record.at or self._now)
+
+    def _is_told(self, key: dict[str, Any], session: str | None, stub: _Slot) -> bool:
+        """Whether Baileys' own record told of a stub's message, a moment ago and perhaps under its chat's other name.
+        What it does not say, the session, the stub may add; its cause stays what its block makes of it."""
+        id_ = key.get("id")
+        slots = self._told_of.get(id_, ()) if isinstance(id_, str) else ()
+        told = [(slot, slot.finding) for slot in slots if isinstance(slot.finding, Failure)]
+        told = [(slot, found) for slot, found in told if _is_of_chat(found.jid, key)]
+        if not told:
+            return False
+        if session is None or any(found.session == session for _, found in told):
+            stub.is_done = True
+            return True
+        for slot, found in told:
+            if found.session is None and not slot.is_told:
+                slot.finding = found._replace(session=session)
+                stub.is_done = True
+                return True
+        done = next((found for slot, found in told if slot.is_done), None)
+        if done is None:
+            return False
+        stub.finding, stub.is_done = done._replace(session=session, byte=stub.byte), True
+        return True
 
     def _weakly(self, line: Line, text: str, byte: int, at: datetime | None) -> str:
         """Evidence without a message: a phrase that begins what an error says, and the session beside it."""
         session = _named(text, self._weak_key)
-        if session is None or not _is_said(text):
+        if session is None or not _is_said(text, f"{self._weak_key}{session}"):
             return OTHER_TEXT
         at = at or self._now
         second = int(at.timestamp())
@@ -456,6 +527,11 @@ class LogReader:
             slot = self._slot(byte)
             slot.finding, slot.is_done = Weak(session, at, byte), True
         return WEAK
+
+    def _whose(self, fields: dict[str, Any], said: str, line: Line) -> str | None:
+        """The session of a record, where all are of one: that, unless it names another."""
+        named = self._attributed(fields, said, line)
+        return named if self._session is None or (named and is_other(named, self._session)) else self._session
 
     def _attributed(self, fields: dict[str, Any], said: str, line: Line) -> str | None:
         """The session that a record names."""
@@ -478,17 +554,29 @@ class LogReader:
     def _moment(self, line: Line, said: datetime | time | None) -> datetime | None:
         """When a line was written, as far as it is sure; None means now."""
         at = said if said is not None else line.at
+        if at is None or (self._day is None and (isinstance(at, time) or at.tzinfo is None)):
+            if line.at and line.at.tzinfo:
+                return line.at
+            return self._reckoned(at.time() if isinstance(at, datetime) else at)
+        is_reckoned = isinstance(at, time)
         if isinstance(at, time):
-            if self._day is None:
-                return line.at if line.at and line.at.tzinfo else None
-            at = on_a_day(at, self._day, self._last)
-        if at is not None and at.tzinfo is None:
-            if self._day is None:
-                return line.at if line.at and line.at.tzinfo else None
+            at = on_a_day(at, self._day, self._last) if self._day is not None else None
+        elif at.tzinfo is None:
             at = at.replace(tzinfo=UTC)
-        if at is not None:
+        # A day that is far from the file's own is not what the times of day after it are reckoned from.
+        if at is not None and (is_reckoned or self._day is None or at.toordinal() - self._day.toordinal() <= 2):
             self._last = at
         return at
+
+    def _reckoned(self, clock: time | None) -> datetime | None:
+        """When a line of a backlog was written, from its time of day or none; None for what is news."""
+        late = self._backlog
+        if late is None or self._byte >= late.until:
+            return None
+        if clock is not None and late.clock is not None and late.written - late.since < _DAY:
+            before = timedelta(seconds=(_seconds(late.clock) - _seconds(clock)) % _DAY.total_seconds())
+            return late.written - before if before < _DAY - _SHORT else late.written
+        return late.since if late.written - late.since <= _SHORT else late.since - _DAY
 
     # ------------------------------------------------------------------------------------------- libsignal's blocks
 
@@ -496,13 +584,13 @@ class LogReader:
         self._close_block(source)
         while len(self._open_blocks) >= _SOURCES:
             self._close_block(next(iter(self._open_blocks)))
-        self._open_blocks[source] = block = _Block(byte, started=byte)
+        self._open_blocks[source] = block = _Block(byte, self._now, started=byte)
         return block
 
     def _session_error(self, source: str, text: str, byte: int) -> None:
         """One stored session of the contact did not open the message."""
         block = self._open_blocks.get(source) or self._start_block(source, byte)
-        block.started = byte
+        block.started, block.since = byte, self._now
         block.says_counter = "MessageCounterError" in text
         block.says_ahead = "Over 2000 messages into the future" in text
         if block.address is None:
@@ -571,7 +659,7 @@ class LogReader:
         if self._given is not None:
             slot, self._given = self._given, None
             return slot
-        slot = _Slot(byte)
+        slot = _Slot(byte, self._now)
         self._queue.append(slot)
         return slot
 
@@ -591,10 +679,33 @@ class LogReader:
         """What is decided, in the order of the log."""
         told: list[Finding] = []
         while self._queue and self._queue[0].is_done:
-            finding = self._queue.popleft().finding
-            if finding is not None:
-                told.append(finding)
+            slot = self._queue.popleft()
+            slot.is_told = True
+            if slot.finding is not None:
+                told.append(slot.finding)
         return told
+
+
+def last_clock(text: bytes) -> time | None:
+    """The time of day of the last line that tells no more than that; None without one, or where the last is sure."""
+    for raw in reversed(text.split(b"\n")):
+        line = unwrap(raw[:LONGEST])
+        found = head(line.text)
+        at = line.at or (found.at if found is not None else None)
+        if isinstance(at, time):
+            return at
+        if at is not None:
+            return at.time() if at.tzinfo is None else None
+    return None
+
+
+def is_other(named: str, session: str) -> bool:
+    """Whether a name means another session than this one. A number says nothing of one that is known by a name."""
+    return named != session and _kind_of(named) == _kind_of(session)
+
+
+def _kind_of(name: str) -> str:
+    return "id" if name.isdecimal() else "phone" if name.startswith("+") else "name"
 
 
 class _Hits:
@@ -709,6 +820,19 @@ def _fits(block: _Block, slot: _Slot) -> bool:
     return block.address.partition(".")[0].partition("_")[0] in slot.people
 
 
+def _is_of_chat(told: str, key: dict[str, Any]) -> bool:
+    """Whether this chat may be that of a stub: under the same name, or under the other one that a person has. Evolution
+    writes a stub after it has put a phone in the place of a `@lid`."""
+    if told in [_address(key.get(name)) for name in _SAME_CHAT]:
+        return True
+    other = _address(key.get("remoteJid")) or ""
+    return {told.partition("@")[2], other.partition("@")[2]} == {"lid", "s.whatsapp.net"}
+
+
+def _seconds(clock: time) -> float:
+    return clock.hour * 3600 + clock.minute * 60 + clock.second + clock.microsecond / 1e6
+
+
 def _is_evolution(before: str) -> bool:
     """Whether this stands before a message of Evolution's logger, or nothing does."""
     return not before.strip() or "[Evolution API]" in before or before.rstrip().endswith("]")
@@ -739,19 +863,18 @@ def _named(text: str, key: str) -> str | None:
     return None
 
 
-def _is_said(text: str) -> bool:
-    """Whether one of the phrases is what the line itself says: no word stands before it, or one that warns does; and
-    it is not in quotes, in a request, or the text of somebody's message."""
+def _is_said(text: str, named: str) -> bool:
+    """Whether the first of the phrases is what the line itself says: before it stand no words but those of errors and
+    times, and the session (`named`); and it is not in quotes, in a request, or the text of somebody's message."""
     lower = text.lower()
     if any(mark in lower for mark in _OTHERS_TEXT):
         return False
-    for phrase in _SAID:
-        at = lower.find(phrase)
-        if at >= 0:
-            before = lower[:at].rstrip()
-            words = set("".join(one if one.isalpha() else " " for one in before.replace("whatsappid", "")).split())
-            return before[-1:] not in ('"', "'", "`") and (not words or not words.isdisjoint(_LOUD_WORDS))
-    return False
+    at = min((at for at in map(lower.find, _SAID) if at >= 0), default=-1)
+    if at < 0:
+        return False
+    before = lower[:at].replace(named.lower(), " ").rstrip()
+    words = "".join(one if one.isalpha() else " " for one in before).split()
+    return before[-1:] not in ('"', "'", "`") and all(f" {word} " in _OWN_WORDS for word in words)
 
 
 def _remember(known: "OrderedDict[Any, Any]", key: Any, value: Any) -> None:

@@ -9,25 +9,27 @@ import glob
 import os
 import signal
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from models import Channel, ChannelKind, Tenant
 from models.gateway_log import LogPosition
 from models.session_error import SessionError
 from pombal import db, log, metrics
-from pombal.errors import PombalError
+from pombal.errors import PombalError, Rejected
 from pombal.settings import settings
-from providers.gateway_log import LOOK_BACK, Ended, Failure, Finding, LogReader, Weak
+from providers.baileys_dialects import normal_base
+from providers.gateway_log import LOOK_BACK, Backlog, Ended, Failure, Finding, LogReader, is_other, last_clock
 from workers._log_files import Place, Tail
 from workers.session_fixer import ring_fixer, take_note
 
@@ -42,7 +44,10 @@ _KNOWN_FOR = 5.0  # seconds for which what sessions there are is remembered
 _LONGEST_PAUSE = 5.0
 _PROGRESS_SECONDS = 5.0
 _UNKNOWN = 1_000  # values that are remembered as told
-_WORD = "-"  # the session of a log that serves one channel
+_LAPSE = 5.0  # seconds without a look after which what has come is no news
+_LONG_AGO = timedelta(days=2)  # when what a log held before anybody followed it may have been written
+_GONE_SECONDS = 300.0  # for which a deleted log of a pattern is held
+_GONE = 64  # logs that were let go, and are remembered
 
 
 class UnknownChannel(PombalError):
@@ -81,6 +86,8 @@ class Targets:
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
+        self.only: str | None = None
+        """Of a log that serves one channel: its session."""
         self._known: dict[str, list[Target]] = {}
         self._read_at = -_KNOWN_FOR
         self._told: OrderedDict[str | None, None] = OrderedDict()
@@ -93,8 +100,9 @@ class Targets:
             self.read()
         if self._wanted.channel is not None:
             one = next((target for targets in self._known.values() for target in targets), None)
-            # What a log of one session says of another's is not ours; only weak evidence names one here.
-            return one if one is None or not isinstance(found, Weak) or found.session == one.session else None
+            # What a log of one session says of another's is not ours.
+            named = found.session
+            return one if one and (named in (None, self.only) or not is_other(named, one.session)) else None
         targets = self._known.get(found.session or "", [])
         return targets[0] if len(targets) == 1 else None
 
@@ -110,7 +118,7 @@ class Targets:
         while len(self._told) > _UNKNOWN:
             self._told.popitem(last=False)
         several = len(self._known.get(found.session or "", []))
-        _log.warning("session_of_no_channel", session=found.session, channels=several)
+        _log.warning("session_of_no_channel", session=_veiled(found.session), channels=several)
 
     def read(self) -> None:
         """Look at the channels there are. Raises `UnknownChannel`, and store errors."""
@@ -124,21 +132,41 @@ class Targets:
             query = query.where(Tenant.slug == (tenant or wanted.tenant))
         if name:
             query = query.where(Channel.name == name)
+        hosts = None if wanted.gateway is None else _meant(wanted.gateway)
         known: dict[str, list[Target]] = {}
         with db.session() as s:
             db.see_all(s)
             for row in s.execute(query):
-                host = _plain(row.config.get("host") or settings().backend_url)
-                session = row.config.get("session")
-                if isinstance(session, str) and (wanted.gateway is None or _plain(wanted.gateway) == host):
+                session = row.config.get("log_name") or row.config.get("session")
+                host = row.config.get("host") or settings().backend_url
+                if isinstance(session, str) and (hosts is None or _plain(host) in hosts):
                     known.setdefault(session, []).append(Target(row.tenant_id, row.id, session))
         if wanted.channel is not None and sum(map(len, known.values())) != 1:
             raise UnknownChannel(f"{wanted.channel} is not one channel on a Baileys gateway; give TENANT/NAME")
+        if wanted.channel is not None and self.only is None:
+            self.only = next(iter(known))
         self._known, self._read_at = known, time.monotonic()
 
 
 def _plain(host: str) -> str:
-    return host.strip().rstrip("/").lower()
+    try:
+        return normal_base(host)
+    except Rejected:  # what a channel has is not what somebody types here
+        return host.strip().rstrip("/").lower()
+
+
+def _meant(gateway: str) -> set[str]:
+    """The addresses that `--gateway` means: without a scheme, by any. Raises `Rejected`."""
+    given = gateway.strip()
+    return {normal_base(one) for one in ([given] if "://" in given else [f"https://{given}", f"http://{given}"])}
+
+
+def _veiled(session: str | None) -> str | None:
+    """What may be told of a name that no channel has: a short number, else a digest. It may be a phone number's, or
+    what somebody wrote into a chat."""
+    if session is None or (session.isdecimal() and len(session) <= 6):
+        return session
+    return f"name:{blake2b(session.encode('utf-8', 'replace'), digest_size=3).hexdigest()}"
 
 
 class Followed:
@@ -160,6 +188,7 @@ class Followed:
         self._is_settled = True
         self._is_new = is_new  # it has come while we looked: all of it is news
         self._was_missing = False
+        self._missing_since = self._looked_at = time.monotonic()
         self._read, self._said_at, self._wait_until = 0, time.monotonic(), 0.0
 
     def step(self) -> bool:
@@ -179,9 +208,13 @@ class Followed:
         return False
 
     def _step(self) -> bool:
-        if not self.tail.is_open and not self._open():
-            return False
+        if not self.tail.is_open:
+            if not self._open():
+                return False
+        elif (lapse := time.monotonic() - self._looked_at) > _LAPSE:
+            self._fell_behind(datetime.now(UTC) - timedelta(seconds=lapse))
         data = self.tail.read(_CHUNK)
+        self._looked_at = time.monotonic()
         self._say_whether_missing()
         if self.tail.lost_at:
             _log.warning("log_lines_may_be_missing", path=str(self.path), why=self.tail.lost_at)
@@ -202,14 +235,17 @@ class Followed:
         with db.session() as s:
             row = s.get(LogPosition, self.key)
             place = Place(row.inode, row.offset, row.head) if row else None
+            since = row.updated_at if row else datetime.now(UTC) - _LONG_AGO
         at_end = not (self._wanted.from_start or self._was_missing or self._is_new)
         opened = self.tail.open(place, at_end=at_end, look_back=LOOK_BACK)
         if opened is None:
             self._say_whether_missing()
             return False
         begin, self._told_until = opened
-        session = _WORD if self._wanted.channel is not None else None
-        self._reader = LogReader(attribute=self._wanted.attribute, session=session, begin=begin)
+        self._reader = LogReader(attribute=self._wanted.attribute, session=self._targets.only, begin=begin)
+        if not (self._is_new or self._was_missing):
+            self._fell_behind(since)
+        self._is_new = False
         self._stored = (place.inode, place.offset) if place else None
         self._stored_byte = -_QUIET_BYTES if place is None else self._told_until
         _log.info("log_followed", path=str(self.path), offset=self._told_until, bytes=self.tail.behind())
@@ -218,11 +254,22 @@ class Followed:
 
     def _say_whether_missing(self) -> None:
         if self.tail.is_missing != self._was_missing:
-            self._was_missing = self.tail.is_missing
+            self._was_missing, self._missing_since = self.tail.is_missing, time.monotonic()
             if self._was_missing:
                 _log.warning("log_missing", path=str(self.path))
             else:
                 _log.info("log_is_back", path=str(self.path))
+
+    def _fell_behind(self, since: datetime) -> None:
+        """What is in the log now was written while nobody looked, since then."""
+        written, text = self.tail.written()
+        self._reader.fell_behind(Backlog(self.tail.end, since, min(written, datetime.now(UTC)), last_clock(text)))
+
+    def is_gone(self) -> bool:
+        """Whether it was deleted a while ago, and is read out."""
+        if not self._was_missing or time.monotonic() - self._missing_since < _GONE_SECONDS:
+            return False
+        return not self.tail.is_open or (self._is_settled and self.tail.is_deleted and not self.tail.behind())
 
     def _progress(self, size: int) -> None:
         self._read += size
@@ -253,15 +300,20 @@ class Followed:
         """Commit it, however long the database is away. Returns for whom to ring."""
         pause, away_since = POLL_SECONDS, None
         unknown = 3  # channels may be deleted between the look at them and the commit
-        is_repeated = False
+        is_repeated = is_careful = False
         while True:
             try:
-                rung = self._commit(place, found, is_repeated=is_repeated)
+                rung = self._commit(place, found, is_repeated=is_repeated, is_careful=is_careful)
             except IntegrityError:
                 unknown -= 1
                 if not unknown:
                     raise
                 self._targets.forget()
+            except DataError as error:
+                if is_careful:
+                    raise
+                is_careful = True
+                _log.warning("finding_not_stored", path=str(self.path), error=log.described(error))
             except Exception as error:
                 if not (db.is_store_trouble(error) or db.is_too_slow(error) or db.is_worth_rerunning(error)):
                     raise
@@ -276,7 +328,9 @@ class Followed:
                     _log.info("database_back", seconds=round(time.monotonic() - away_since, 1))
                 return rung
 
-    def _commit(self, place: Place, found: list[Finding], *, is_repeated: bool) -> set[tuple[UUID, UUID]]:
+    def _commit(
+        self, place: Place, found: list[Finding], *, is_repeated: bool, is_careful: bool
+    ) -> set[tuple[UUID, UUID]]:
         mine = [(self._targets.of(one), one) for one in found]
         tenants = {target.tenant_id for target, _ in mine if target is not None}
         with db.session(tenants) as s:
@@ -292,7 +346,7 @@ class Followed:
                 s.add(row)
             row.inode, row.offset, row.head, row.updated_at = place.inode, place.offset, place.head, datetime.now(UTC)
             s.flush()
-            rung = _written(s, [(target, one) for target, one in mine if target is not None])
+            rung = (_carefully if is_careful else _written)(s, [(of, one) for of, one in mine if of is not None])
         for target, one in mine:
             if target is None:
                 self._targets.unattributed(one)
@@ -324,6 +378,18 @@ def _written(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[U
     return rung | take_note(s, errors, ends)
 
 
+def _carefully(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
+    """The same one by one, without what the database refuses: no line of a log may keep the others from being told."""
+    rung: set[tuple[UUID, UUID]] = set()
+    for one in found:
+        try:
+            with s.begin_nested():
+                rung |= _written(s, [one])
+        except DataError:
+            metrics.session_errors_unattributed.inc()
+    return rung
+
+
 class Follower:
     """Follows all logs that these names and patterns mean, until it is told to stop."""
 
@@ -331,6 +397,7 @@ class Follower:
         self._patterns, self._wanted, self._is_over = patterns, wanted, is_over
         self._targets = Targets(wanted)
         self._logs: dict[Path, Followed] = {}
+        self._gone: deque[Tail] = deque(maxlen=_GONE)
         self._found_at = -1.0
         self._is_first = True
 
@@ -369,6 +436,7 @@ class Follower:
     def _find(self) -> None:
         """Logs that have come. A rotated file matches its pattern too, and is read already."""
         self._found_at = time.monotonic()
+        self._let_go()
         for pattern in self._patterns:
             is_pattern = glob.has_magic(pattern)
             for name in sorted(glob.glob(pattern)) if is_pattern else [pattern]:
@@ -384,9 +452,18 @@ class Follower:
             _log.warning("no_log_yet", patterns=len(self._patterns))
         self._is_first = False
 
+    def _let_go(self) -> None:
+        """Deleted logs that a pattern has found: where containers come and go, there are ever more."""
+        named = {Path(os.path.abspath(one)) for one in self._patterns if not glob.has_magic(one)}
+        for path in [path for path, followed in self._logs.items() if path not in named and followed.is_gone()]:
+            tail = self._logs.pop(path).tail
+            tail.let_go()
+            self._gone.append(tail)
+            _log.info("log_let_go", path=str(path))
+
     def _is_read(self, path: Path) -> bool:
         try:
-            return any(followed.tail.knows(path) for followed in self._logs.values())
+            return any(tail.knows(path) for tail in [*(one.tail for one in self._logs.values()), *self._gone])
         except OSError:
             return True  # once it may be read it is looked at again
 

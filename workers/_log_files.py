@@ -10,7 +10,9 @@ import os
 import stat
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +70,18 @@ class Tail:
         """
         self.close()
         current = _opened(self.path)
+        try:
+            return self._open(current, place, at_end=at_end, look_back=look_back)
+        except OSError:
+            held = {part.fd for part in [*self._parts, *self._next]}
+            self.close()
+            if current is not None and current.fd not in held:
+                os.close(current.fd)
+            raise
+
+    def _open(
+        self, current: _Part | None, place: Place | None, *, at_end: bool, look_back: int
+    ) -> tuple[int, int] | None:
         self.is_missing = current is None
         part, follows = current, False
         offset = 0
@@ -84,18 +98,16 @@ class Tail:
             offset = _line_start(current.fd, os.fstat(current.fd).st_size)
         if part is None:
             return None
+        self._parts.append(part)
         if follows:
             self._next.extend(self._between(part, current))
             if current is not None:
                 self._next.append(current)
-        elif current is not part and current is not None:
-            os.close(current.fd)
         begin = _next_line(part.fd, offset - look_back) if offset > look_back else 0
         begin = min(begin, offset)
         part.read = begin
         part.begin = part.start = 0
         part.head = _digest(part.fd, begin)
-        self._parts.append(part)
         self._read_at = time.monotonic()
         return begin, offset
 
@@ -147,6 +159,32 @@ class Tail:
         """Bytes that were written and not read."""
         parts = [self._parts[-1], *self._next] if self._parts else []
         return sum(max(os.fstat(part.fd).st_size - part.read, 0) for part in parts)
+
+    @property
+    def end(self) -> int:
+        """The byte of the stream after all that was written."""
+        return self._stream() + self.behind()
+
+    def written(self, most: int = 64 * 1024) -> tuple[datetime, bytes]:
+        """When the last bytes were written, and what they are."""
+        parts = [self._parts[-1], *self._next]
+        status = [os.fstat(part.fd) for part in parts]
+        part, last = next(
+            (one for one in zip(reversed(parts), reversed(status), strict=True) if one[1].st_size),
+            (parts[-1], status[-1]),
+        )
+        text = os.pread(part.fd, most, max(last.st_size - most, 0))
+        return datetime.fromtimestamp(last.st_mtime, UTC), text
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether no name is left of any file that it holds."""
+        return not any(os.fstat(part.fd).st_nlink for part in [*self._parts, *self._next])
+
+    def let_go(self) -> None:
+        """Close it for good; it goes on to know what was read."""
+        self._past.extend(Place(part.inode, part.read, part.head) for part in self._parts)
+        self.close()
 
     def close(self) -> None:
         for part in [*self._parts, *self._next]:
@@ -210,23 +248,42 @@ class Tail:
         stem = name.removesuffix(".log")
         found = []
         try:
-            for entry in os.scandir(self.path.parent):
-                is_like = entry.name.startswith((name, f"{stem}-", f"{stem}.", f"{stem}_"))
-                if is_like and entry.name != name and not entry.name.endswith((".gz", ".xz", ".zst", ".bz2")):
-                    found.append((entry.stat().st_mtime_ns, Path(entry.path)))
+            entries = list(os.scandir(self.path.parent))
         except OSError:
             return []
+        for entry in entries:
+            is_like = entry.name.startswith((name, f"{stem}-", f"{stem}.", f"{stem}_"))
+            if not is_like or entry.name == name or entry.name.endswith((".gz", ".xz", ".zst", ".bz2")):
+                continue
+            try:
+                found.append((entry.stat().st_mtime_ns, Path(entry.path)))
+            except OSError:  # it has gone meanwhile, or leads nowhere
+                continue
         return [path for _, path in sorted(found)]
+
+    def _beside(self, *, is_newest_first: bool = False) -> Iterator[_Part]:
+        """Those of them that may be read, opened. Whoever takes one has it; the others are closed."""
+        paths = self._siblings()
+        for path in reversed(paths) if is_newest_first else paths:
+            try:
+                part = _opened(path)
+            except OSError:  # somebody else's: it is none of ours, and keeps nobody from reading what is
+                continue
+            if part is not None:
+                yield part
 
     def _found(self, place: Place, besides: int = -1) -> _Part | None:
         """The file, under whatever name, that has this digest at this place."""
-        for path in reversed(self._siblings()):
-            part = _opened(path)
-            if part is None:
-                continue
-            if part.inode != besides and place.offset and _digest(part.fd, place.offset) == place.head:
-                return part
-            if not place.offset and part.inode == place.inode:
+        for part in self._beside(is_newest_first=True):
+            try:
+                is_it = (
+                    part.inode != besides and _digest(part.fd, place.offset) == place.head
+                    if place.offset
+                    else part.inode == place.inode
+                )
+            except OSError:
+                is_it = False
+            if is_it:
                 return part
             os.close(part.fd)
         return None
@@ -236,10 +293,7 @@ class Tail:
         since = os.fstat(old.fd).st_mtime_ns
         known = {old.inode, *({current.inode} if current else ())}
         found = []
-        for path in self._siblings():
-            part = _opened(path)
-            if part is None:
-                continue
+        for part in self._beside():
             if part.inode not in known and os.fstat(part.fd).st_mtime_ns > since:
                 known.add(part.inode)
                 found.append(part)

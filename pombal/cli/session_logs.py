@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+import zlib
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def scan(given: Namespace) -> int:
         try:
             for file, day in _opened(name):
                 result.read(file, LogReader(attribute=given.attribute, session=given.channel, day=day.date()))
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise Unreadable(f"{name}: {getattr(error, 'strerror', None) or 'not a whole gzip file'}") from None
     window = settings().require_error_window()
     sessions = {name: told for name, told in sorted(result.sessions.items(), key=lambda one: str(one[0]))}

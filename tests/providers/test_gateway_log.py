@@ -1,5 +1,6 @@
 """What is read out of gateways' logs. The samples are real; all else is written afresh by `gateway_logs.py`."""
 
+import gzip
 import io
 import json
 import random
@@ -15,7 +16,7 @@ import pytest
 
 from pombal.cli import main
 from pombal.cli.session_logs import Scan, Told
-from providers.gateway_log import LONGEST, LOOK_BACK, Ended, Failure, Finding, LogReader, Weak
+from providers.gateway_log import LONGEST, LOOK_BACK, ME, Backlog, Ended, Failure, Finding, LogReader, Weak, last_clock
 from providers.undecrypted import Cause
 from tests.providers import gateway_logs
 from tests.providers.gateway_logs import WRAPPINGS, Event, Gateway, as_json, as_pretty, docker, plain
@@ -405,6 +406,192 @@ def test_what_evolution_drops_was_told_by_the_record_before_it() -> None:
     assert told(read(text)) == true([event], is_named=False)
 
 
+def stubbed(record: dict[str, Any], instance: str = "", **names: str) -> list[str]:
+    """What Evolution says of the same message, with what it has made of the names of its chat."""
+    stub = {
+        "key": {**record["key"], **names},
+        "messageStubType": 2,
+        "messageStubParameters": [record["err"]["message"]],
+    }
+    head = EVOLUTION.replace("]  v", f"] [{instance}] v") if instance else EVOLUTION
+    return f"{head}Message ignored with messageStubParameters: {json.dumps(stub, indent=2)}".split("\n")
+
+
+@pytest.mark.parametrize("cause", ["duplicate_block", "ratchet", "no_session"])
+@pytest.mark.parametrize("is_told_at_once", [False, True])
+def test_a_message_that_evolution_drops_under_its_other_name_is_one(cause: str, is_told_at_once: bool) -> None:
+    """It puts a phone in the place of a `@lid` before it says so."""
+    gateway = Gateway(30, field=None)
+    event, made = gateway.event("1", ("770000000000001@lid", "770000000000001_1.0"), cause)
+    reader = LogReader()
+    found = reader.feed(lines(*(text for line in made for text in as_json(line))), NOW)
+    if is_told_at_once:
+        found += reader.settle(NOW)
+
+    found += reader.feed(lines(*stubbed(made[-1], remoteJid="5511900000001@s.whatsapp.net")), NOW)
+
+    assert told(found + reader.finish(NOW)) == true([event], is_named=False)
+
+
+def test_another_contacts_message_of_the_same_id_is_another() -> None:
+    gateway = Gateway(31, field=None)
+    event, made = gateway.event("1", ("5511900000001@s.whatsapp.net", "5511900000001.0"), "no_session")
+    text = lines(*as_json(made[-1]), *stubbed(made[-1], remoteJid="5511900000002@s.whatsapp.net"))
+
+    assert [one.jid for one in read(text) if isinstance(one, Failure)] == [event.jid, "5511900000002@s.whatsapp.net"]
+
+
+@pytest.mark.parametrize("instance", ["", "loja"])
+def test_what_evolution_drops_still_waits_for_the_block_of_its_record(instance: str) -> None:
+    """Docker writes stdout and stderr as they come."""
+    gateway = Gateway(32, field=None)
+    event, made = gateway.event("1", gateway.contact(), "duplicate_block")
+    text = [
+        *docker(as_json(made[-1]), gateway.at),
+        *docker(stubbed(made[-1], instance), gateway.at),
+        *(one for line in made[:-2] for one in docker(as_json(line), gateway.at)),
+    ]
+
+    assert told(read(lines(*text))) == true([event._replace(session=instance)], is_named=bool(instance))
+
+
+def test_sessions_of_one_group_each_tell_of_its_message() -> None:
+    """With one id; the records have no session, and the stubs have."""
+    gateway = Gateway(33, field=None)
+    event, made = gateway.event("1", gateway.contact(), "sender_key")
+    text = [*as_json(made[-1]), *as_json(made[-1]), *stubbed(made[-1], "loja"), *stubbed(made[-1], "matriz")]
+
+    assert told(read(lines(*text))) == true([event._replace(session=name) for name in ("loja", "matriz")])
+
+
+@pytest.mark.parametrize("shape", [as_json, as_pretty])
+def test_a_message_of_ours_from_another_device_is_no_contacts(shape: Any) -> None:
+    gateway = Gateway(34)
+    _, made = gateway.event("1", gateway.contact(), "no_session")
+    made[-1]["key"]["fromMe"] = True
+
+    assert [one.participant for one in read(lines(*shape(made[-1]))) if isinstance(one, Failure)] == [ME]
+
+
+def test_a_log_of_one_session_may_name_another() -> None:
+    """Then that is the other's. A number says nothing of a session that is known by its name."""
+    gateway = Gateway(35, field="session")
+    ours, other, named = (gateway.event(name, gateway.contact(), "prekey") for name in ("26", "matriz", "loja"))
+    text = lines(*(text for _, made in (ours, other, named) for text in as_json(made[-1])))
+
+    assert [one.session for one in read(text, session="loja")] == ["loja", "matriz", "loja"]
+
+
+# -------------------------------------------------------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize("shape", [as_json, as_pretty])
+@pytest.mark.parametrize("wrap", [plain, docker])
+@pytest.mark.parametrize("cause", ["ratchet", "duplicate_block"])
+def test_a_log_that_is_never_silent_tells_all_the_same(wrap: Any, shape: Any, cause: str) -> None:
+    """The block stays open on its stream, or never comes, or the record waits for more lines of its source."""
+    gateway = Gateway(36)
+    event, made = gateway.event("1", gateway.contact(), cause)
+    reader = LogReader()
+    kept = made if cause == "duplicate_block" else made[-1:]  # libsignal's console may be silenced
+    text = lines(*(f"left-1  | {one}" for line in kept for one in wrap(shape(line), gateway.at) if wrap is plain))
+    text = text or lines(*(one for line in kept for one in wrap(shape(line), gateway.at)))
+    found = reader.feed(text, NOW)
+
+    for n in range(1, 4):
+        other = docker(['{"level":30,"msg":"GET /health"}'], NOW) if wrap is docker else ["right-1  | GET /health"]
+        found += reader.feed(lines(*other), NOW + n * timedelta(milliseconds=900))
+
+    assert told(found) == true([event])
+    assert reader.offset == reader._base
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "2026-09-01T15:00:00+23:59",
+        "2026-09-01T15:00:00-18:00",
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59-14:00",
+    ],
+)
+@pytest.mark.parametrize("is_scan", [False, True])
+def test_a_time_of_whatever_zone_is_told_in_utc(at: str, is_scan: bool) -> None:
+    gateway = Gateway(37)
+    _, made = gateway.event("1", gateway.contact(), "no_session")
+    made[-1]["time"] = at
+
+    (found,) = read(lines(*as_json(made[-1])), **({} if is_scan else {"day": None}))
+
+    assert found.at.tzinfo is UTC
+    assert found.at == NOW if at[:4] in ("0001", "9999") else found.at == datetime.fromisoformat(at)
+
+
+PRETTY = """\
+[{clock}] ERROR (7): failed to decrypt message
+    key: {{
+      "remoteJid": "55119000{n:05d}@s.whatsapp.net",
+      "fromMe": false,
+      "id": "3EB0{n}"
+    }}
+    err: {{
+      "type": "SessionError",
+      "message": "No session record"
+    }}
+"""
+
+
+@pytest.mark.parametrize("stamp", ["9999-12-31T23:59:59Z", "9990-12-31T00:00:00", "0001-01-01T00:00:00Z"])
+def test_a_scan_takes_no_far_day_from_somebodys_line(stamp: str) -> None:
+    text = f"{stamp} bad mac\n".encode() + b"".join(
+        PRETTY.format(clock="15:00:00.000", n=n).encode() for n in range(2000)
+    )
+
+    found = read(text)
+
+    assert {one.at for one in found} == {datetime(2026, 9, 1, 15, tzinfo=UTC)}
+    assert len(found) == 2000
+
+
+def test_times_of_day_that_go_on_past_midnight_are_of_the_next_day() -> None:
+    clocks = ["09:00:00.000", "23:00:00.000", "01:00:00.000", "00:59:59.000", "12:30:00.000", "00:10:00.000"]
+
+    found = read(b"".join(PRETTY.format(clock=clock, n=n).encode() for n, clock in enumerate(clocks)))
+
+    assert [(one.at.day, one.at.hour) for one in found] == [(1, 9), (1, 23), (2, 1), (2, 0), (2, 12), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        (timedelta(hours=7), [6, 5, 4, 3, 2, 1]),  # hours before the end, by the last line's time of day
+        (timedelta(days=3), [96] * 6),  # who knows: of before
+        (timedelta(minutes=4), [6, 5, 4, 3, 2, 1]),
+    ],
+)
+def test_what_was_written_while_nobody_looked_is_not_stamped_on_arrival(since: timedelta, expected: list[int]) -> None:
+    """A gateway's clock is in a zone that nobody tells; only how far its times are apart is sure."""
+    text = b"".join(PRETTY.format(clock=f"{(20 + n) % 24:02d}:00:00.000", n=n).encode() for n in range(6))
+    text += b"[02:00:00.000] INFO (7): request completed\n"
+    reader = LogReader()
+    reader.fell_behind(Backlog(len(text), NOW - since, NOW, last_clock(text)))
+
+    found = reader.feed(text, NOW) + reader.settle(NOW)
+    news = reader.feed(PRETTY.format(clock="02:00:01.000", n=9).encode(), NOW) + reader.settle(NOW)
+
+    assert [(NOW - one.at) / timedelta(hours=1) for one in found] == expected
+    assert [one.at for one in news] == [NOW]
+
+
+@pytest.mark.parametrize(("since", "at"), [(60, 60), (3600, 3600 + 86400)])
+def test_lines_without_a_time_count_if_they_were_written_within_minutes(since: int, at: int) -> None:
+    text = lines("ERROR whatsappId=26 Bad MAC")
+    reader = LogReader()
+    reader.fell_behind(Backlog(len(text), NOW - timedelta(seconds=since), NOW, last_clock(text)))
+
+    assert [one.at for one in reader.feed(text, NOW)] == [NOW - timedelta(seconds=at)]
+
+
 @pytest.mark.parametrize("jid", ["status@broadcast", "120363000000000001@newsletter", "nobody", ""])
 def test_stories_and_newsletters_are_no_chats(jid: str) -> None:
     gateway = Gateway(17)
@@ -426,12 +613,17 @@ def test_a_phrase_with_a_session_and_no_message_is_weak_evidence_once_a_second()
         "2026-09-01T10:00:00.900Z ERROR whatsappId=26 PreKeyError: Invalid PreKey ID",
         "2026-09-01T10:00:00.950Z ERROR whatsappId=2 Bad MAC",
         "2026-09-01T10:00:01.100Z [whatsappId=26] Error: Bad MAC",
+        "2026-09-01T10:00:02.100Z Error: Bad MAC whatsappId=26",
+        "[2026-09-01 10:00:03] Error whatsappId=loja: Failed to decrypt message",
+        '{"level":50,"time":"2026-09-01T10:00:04Z","msg":"whatsappId=26 SessionError: Bad MAC"}',
     )
 
     found = read(text)
 
-    assert [(one.session, one.at.second) for one in found if isinstance(one, Weak)] == [("26", 0), ("2", 0), ("26", 1)]
-    assert len(found) == 3
+    weak = [(one.session, one.at.second) for one in found if isinstance(one, Weak)]
+    assert weak[:4] == [("26", 0), ("2", 0), ("26", 1), ("26", 2)]
+    assert [name for name, _ in weak[4:]] == ["loja", "26"]
+    assert len(found) == len(weak)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +640,11 @@ def test_a_phrase_with_a_session_and_no_message_is_weak_evidence_once_a_second()
         "ERROR whatsappId=26 all is well",
         '{"level":50,"body":"whatsappId=26 Bad MAC","msg":"mensagem recebida"}',
         '{"level":30,"msg":"whatsappId=26 Bad MAC"}',
+        '{"level":50,"body":"oi","msg":"whatsappId=26 Bad MAC"}',
+        '{"level":50,"msg":"cliente escreveu whatsappId=26 Bad MAC"}',
+        "error handling webhook from chat, text Bad MAC whatsappId=26",
+        "[ERROR] cliente: Bad MAC whatsappId=26",
+        "ERROR whatsappId=26 de Ana: Bad MAC",
     ],
 )
 def test_other_text_is_no_evidence(line: str) -> None:
@@ -551,3 +748,13 @@ def test_a_scan_prints_no_contact_no_message_and_no_key(capsys: pytest.CaptureFi
 def test_a_scan_of_a_file_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["session", "scan", "/no/such/file"]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_scan_of_a_damaged_file_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(random.Random(1).randbytes(3000) + b"x" * 90_000))  # noqa: S311 - a test's dice
+    packed[60] ^= 0xFF
+    packed[2000] ^= 0x55
+    (tmp_path / "gateway.log.gz").write_bytes(packed)
+
+    assert main(["session", "scan", str(tmp_path / "gateway.log.gz")]) == 1
+    assert "not a whole gzip file" in capsys.readouterr().err

@@ -14,12 +14,14 @@ import pytest
 from pombal import db, metrics
 from pombal.broker import redis_client
 from pombal.settings import settings
+from providers import gateway_lines
 from tests.baileys import Session, a_session
 from tests.factories import a_tenant
 from tests.pombal.processes import until
 from tests.providers.gateway_logs import Event, Gateway, as_json, as_pretty, docker
 from workers import _follower
-from workers._follower import Follower, UnknownChannel, Wanted
+from workers._follower import Follower, Targets, UnknownChannel, Wanted
+from workers._log_files import Place, Tail
 
 pytestmark = pytest.mark.usefixtures("queues")
 
@@ -143,13 +145,98 @@ def test_a_log_of_one_channel_needs_no_field(log: Log) -> None:
     log.wanted = Wanted(channel=f"{log.session.tenant.slug}/{log.session.channel.name}")
     log.restart()
     log.catch_up()
-    event, text = log.failed("whatever")
-    weak = [f"ERROR whatsappId={name} Bad MAC\n".encode() for name in ("2", log.session.name)]
+    log.gateway.field = None
+    event, text = log.failed()
 
-    log.write(text, *weak)
+    log.write(text)
+
     log.tells(event)
 
+
+@pytest.mark.parametrize(("name", "is_ours"), [("26", True), (None, True), ("matriz", False)])
+def test_a_log_of_one_channel_may_know_it_by_a_number(log: Log, name: str | None, is_ours: bool) -> None:
+    """The channel has the session's name. What names another is not its."""
+    log.path.touch()
+    log.wanted = Wanted(channel=f"{log.session.tenant.slug}/{log.session.channel.name}")
+    log.restart()
+    log.catch_up()
+    name = name or log.session.name
+    failed, text = log.failed(name)
+    named, other = log.failed(log.session.name)
+
+    log.write(text, f"ERROR whatsappId={name} Bad MAC\n".encode(), other)
+
+    log.tells(*([failed] if is_ours else []), named)
+    assert len(log.session.rows("SELECT * FROM session_error WHERE cause = 'weak'")) == is_ours
+
+
+def test_a_channel_may_say_what_its_session_is_called_in_logs(log: Log) -> None:
+    """Whaticket's lines have a number where its paths may have a name."""
+    with db.session([log.session.tenant.id]) as s:
+        channel = s.get(type(log.session.channel), (log.session.tenant.id, log.session.channel.id))
+        assert channel is not None
+        channel.config = {**channel.config, "log_name": "26"}
+    log.path.touch()
+    log.catch_up()
+    event, text = log.failed("26")
+
+    log.write(text, b"ERROR whatsappId=26 Bad MAC\n", log.failed(log.session.name)[1], log.failed("2")[1])
+
+    log.tells(event)
     assert len(log.session.rows("SELECT * FROM session_error WHERE cause = 'weak'")) == 1
+
+
+@pytest.mark.parametrize(
+    ("gateway", "is_meant"),
+    [
+        ("http://127.0.0.1:9", True),
+        ("127.0.0.1:9/", True),
+        ("HTTP://127.0.0.1:9", True),
+        ("https://127.0.0.1:9", False),
+        ("127.0.0.1", False),
+    ],
+)
+def test_a_gateway_may_be_named_without_its_scheme(log: Log, gateway: str, is_meant: bool) -> None:
+    targets = Targets(log.wanted._replace(gateway=gateway))
+
+    targets.read()
+
+    assert bool(targets._known) == is_meant
+
+
+@pytest.mark.parametrize("name", ["+5511955550300", "what somebody wrote", "5511955550300"])
+def test_a_name_that_no_channel_has_is_not_told(
+    followed: Log, name: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    followed.write(followed.failed(name)[1], followed.failed("424242")[1])
+    followed.catch_up()
+
+    said = "".join([*capfd.readouterr(), caplog.text])
+    assert "session_of_no_channel" in said
+    assert "424242" in said
+    assert name not in said
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_no_line_ends_a_follower_or_keeps_others_from_being_told(
+    followed: Log, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zone that Python takes and Postgres does not; and whatever else the database may refuse."""
+    first, text = followed.failed()
+    second, other = followed.failed()
+    poison = msgspec.json.decode(other.splitlines()[-1])
+    poison["time"] = "2026-09-01T15:00:00+23:59"
+    poison["key"]["id"] = "3EB0POISON"
+    if is_refused:
+        monkeypatch.setattr(gateway_lines, "in_utc", lambda at: at)
+    unattributed = metrics.session_errors_unattributed._value.get()
+
+    followed.write(text, msgspec.json.encode(poison) + b"\n", other)
+    followed.tells(first, second)
+    followed.restart()
+
+    followed.tells(first, second)
+    assert metrics.session_errors_unattributed._value.get() == unattributed + is_refused
 
 
 def test_a_channel_that_is_not_there_is_said(log: Log) -> None:
@@ -293,6 +380,117 @@ def test_a_file_that_was_copied_and_emptied_loses_nothing(followed: Log, tmp_pat
         followed.restart()
 
     followed.tells(*events)
+
+
+def test_a_file_that_may_not_be_read_keeps_nobody_from_reading_its_neighbour(
+    followed: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not one that leads nowhere. (These tests may run as root, who may read everything.)"""
+    events, texts = zip(*(followed.failed() for _ in range(4)), strict=True)
+    followed.write(texts[0])
+    followed.catch_up()
+    followed.follower.close()
+    (tmp_path / "gateway.log.latest").symlink_to(tmp_path / "gone")
+    secret = tmp_path / "gateway.log.old"
+    secret.write_bytes(b"x")
+    really = os.open
+
+    def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path) == secret:
+            raise PermissionError(13, "Permission denied")
+        return really(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opened)
+    followed.write(texts[1])
+    followed.path.rename(tmp_path / "gateway.log.1")
+    followed.write(texts[2])
+    followed.restart()
+    followed.tells(*events[:3])
+    files = len(os.listdir("/proc/self/fd"))
+    os.truncate(followed.path, 0)
+    followed.write(texts[3])
+
+    followed.tells(*events)
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def test_a_log_that_may_not_be_read_costs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "gateway.log"
+    path.write_bytes(b"one\n")
+    files = len(os.listdir("/proc/self/fd"))
+
+    def broken(fd: int, *args: Any) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    for place in (None, Place(1, 4, b"x")):
+        with pytest.raises(OSError, match="Input/output"):
+            Tail(path).open(place, at_end=False, look_back=0)
+
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_deleted_logs_of_a_pattern_are_let_go(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of containers that come and go. One that was only renamed stays, since it would be found under that name; and
+    what was read is known for longer."""
+    monkeypatch.setattr(_follower, "_GONE_SECONDS", 0.0)
+    log.follower = log.started(str(tmp_path / "*.log"))
+    log.catch_up()
+    files = len(os.listdir("/proc/self/fd"))
+    made = {tmp_path / f"c{n}.log": log.failed() for n in range(20)}
+    for path, (_, text) in made.items():
+        path.write_bytes(text)
+    log.tells(*(event for event, _ in made.values()))
+
+    first, *others = made
+    first.rename(tmp_path / "renamed.log")
+    for path in others:
+        path.unlink()
+
+    until(lambda: not log.follower.step() and set(log.follower._logs) == {first}, seconds=20)
+    assert len(os.listdir("/proc/self/fd")) <= files + 1
+    again, text = log.failed()
+    others[0].write_bytes(text)
+    log.tells(*(event for event, _ in made.values()), again)
+
+
+BY_CLOCK = """\
+[{clock:%H:%M:%S}.000] ERROR (7): failed to decrypt message
+    key: {{
+      "remoteJid": "55119000{n:05d}@s.whatsapp.net",
+      "fromMe": false,
+      "id": "3EB0{n}"
+    }}
+    err: {{
+      "type": "SessionError",
+      "message": "No session record"
+    }}
+"""
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_what_failed_while_nobody_looked_did_not_fail_at_once(log: Log, is_running: bool) -> None:
+    """The gateway's clock has no day and no zone. A follower may be down, or wait for its database."""
+    log.wanted = Wanted(channel=f"{log.session.tenant.slug}/{log.session.channel.name}")
+    log.restart()
+    log.write(b"before\n")
+    log.catch_up()
+    (one,) = log.follower._logs.values()
+    if is_running:
+        one._looked_at -= 6 * 3600
+    else:
+        log.follower.close()
+    now = datetime.now(UTC)
+    clocks = [now + timedelta(hours=3, minutes=30 - 60 * n) for n in range(6, 0, -1)]
+
+    log.write(*(BY_CLOCK.format(clock=clock, n=n).encode() for n, clock in enumerate(clocks)))
+    log.write(f"[{now + timedelta(hours=3):%H:%M:%S}.000] INFO (7): request completed\n".encode())
+    if not is_running:
+        log.restart()
+
+    until(lambda: not log.follower.step() and len(log.rows()) == 6, seconds=20, why=lambda: str(len(log.rows())))
+    ages = [round((now - log.rows()[f"3EB0{n}"]["at"]) / timedelta(minutes=1)) for n in range(6)]
+    assert ages == [330, 270, 210, 150, 90, 30]
 
 
 def test_whatever_happens_in_whatever_order_each_failure_is_told_once(tmp_path: Path) -> None:
