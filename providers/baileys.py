@@ -32,6 +32,7 @@ _MOST_TEXT_OF_A_CODE = 1_000  # characters; a code of WhatsApp has some 240
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 _OWN_ID = re.compile(r"\+?([0-9]{5,20})(?::[0-9]{1,4})?(?:@(?:s\.whatsapp\.net|c\.us))?")
 _ROW_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NOBODY = "the number is not on WhatsApp"  # Evolution answers with what it was told of each number
 _IMAGES = (b"\x89PNG", b"\xff\xd8\xff")
 _IN_DOUBT = frozenset({"timeout", "unreachable", "unreadable", "provider_error"})  # it may have been done
 _UNWELL = frozenset({"error", "down", "unhealthy", "fail", "failed", "degraded", "shutting_down"})
@@ -362,7 +363,8 @@ def _words(body: Mapping[str, Any]) -> str:
     inner = body.get("response")
     said: Any = (inner.get("message") if isinstance(inner, dict) else None) or body.get("message") or body.get("error")
     if isinstance(said, list):
-        said = "; ".join(one for one in said if isinstance(one, str))
+        is_of_nobody = any(isinstance(one, dict) and one.get("exists") is False for one in said)
+        said = _NOBODY if is_of_nobody else "; ".join(one for one in said if isinstance(one, str))
     return said if isinstance(said, str) else ""
 
 

@@ -30,7 +30,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PHONE = re.compile(r"\+?[0-9]{5,15}")
 # What a step must not be: it takes a new QR code afterwards (§5: `PUT /whatsappsession/:id` blanks the stored session).
 _ENDS_A_PAIRING = re.compile(
-    r"DELETE .*|.*/(logout|reset|delete|clear-session-data)(/.*)?|PUT .*/whatsappsession/\S*", re.IGNORECASE
+    r"DELETE .*|.*/[^/]*(log-?out|reset|delete|clear|unpair|terminate)[^/]*(/.*)?|PUT .*/whatsappsession/\S*",
+    re.IGNORECASE,
 )
 
 # Of the Whaticket family. OPENED is what the old system's script took for open, and no fork sets.
@@ -63,8 +64,15 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     recipients: tuple[str, ...] = ("phone", "lid", "group")
     takes_links: bool = False  # a file may go by link; else one of our own alone
     takes_captions: bool = True
-    tells_ids: bool = True  # in the answer to a send; else an echo does
+    # … and in the answer to a send, the id under which WhatsApp knows the message. Without any an echo tells it: what
+    # such a gateway calls `id` is a row of its own database.
+    ids_at: tuple[str, ...] = ("key.id", "data.key.id", "message.key.id")
     away: str = ""  # how a refusal to send begins, in lower case, that is none of the message but of a closed session
+
+    @property
+    def tells_ids(self) -> bool:
+        """Whether the answer to a send has the message's id."""
+        return bool(self.ids_at)
 
 
 _FILES = ("image", "video", "audio", "document")
@@ -86,11 +94,11 @@ DIALECTS: dict[str, Dialect] = {
         names_at=("id", "name"),
         own_at=("number",),
         code_at=("qrcode",),
-        abilities=frozenset({"restart", "stop"}),
+        abilities=frozenset({"stop"}),  # and a start after it: there is no restart in one
         has_ids=True,
         types=("text", *_FILES),
         recipients=("phone",),
-        tells_ids=False,
+        ids_at=(),
     ),
     # No call that only stops; `refresh` closes the socket, which comes back by itself. No health check of its own.
     "ticketz": Dialect(
@@ -112,7 +120,7 @@ DIALECTS: dict[str, Dialect] = {
         has_ids=True,
         types=("text", *_FILES),
         takes_captions=False,  # it writes the file's name in the caption's place
-        tells_ids=False,
+        ids_at=(),
     ),
     "evolution": Dialect(
         paths={
@@ -178,6 +186,7 @@ DIALECTS: dict[str, Dialect] = {
         types=("text", *_FILES, "location", "contacts", "read"),
         replies=("text", *_FILES, "location"),
         takes_links=True,
+        ids_at=("key.id", "_data.key.id", "id._serialized", "id.id", "id"),
         away="session status is not as expected",
     ),
     # It says by webhook alone how a session stands. What connects anew does nothing to a socket that is open, so it is

@@ -150,7 +150,7 @@ class BaileysSender:
             return Answer(
                 Outcome.UNKNOWN, http_status=reply.status, why="an answer that does not say what became of it"
             )
-        return Answer(Outcome.ACCEPTED, provider_id=_id_in(body), http_status=reply.status)
+        return Answer(Outcome.ACCEPTED, provider_id=_id_in(body, self._place.dialect.ids_at), http_status=reply.status)
 
     async def _explained(self, fault: Fault) -> Fault:
         """A refusal concerns the message only while the session is connected; it may have come back just now."""
@@ -321,9 +321,9 @@ def _one_line(mime_type: str) -> str:
 # ----------------------------------------------------------------------------------------------------- what came back
 
 
-def _id_in(body: Mapping[str, Any]) -> str | None:
+def _id_in(body: Mapping[str, Any], places: tuple[str, ...]) -> str | None:
     """The id under which WhatsApp knows the message; None when the answer does not tell it."""
-    id_ = found_at(body, ("key.id", "data.key.id", "_data.key.id", "id._serialized", "id.id", "id"))
+    id_ = found_at(body, places)
     if id_ is not None and id_.startswith(("true_", "false_")):
         id_ = [*id_.split("_"), "", ""][2]  # WAHA's: whose_chat_id, and in a group the author
     return id_ if id_ and ID.fullmatch(id_) else None

@@ -5,7 +5,8 @@
     fazer-ai   {"event", "data"} with Baileys' own events: {"messages": […], "type"}, [{"key", "update": {"status"}}]
     others     Baileys' events or messages, bare or wrapped: {"whatsappId", "data": …}, {"messages": […]}, a list, one
 
-Which gateway it is, nobody needs to say. A message that could not be decrypted is an `Undecrypted` here: it is what a
+Which gateway it is, nobody needs to say. A `whatsappId` names nobody: a channel may know its session by name, and such
+a gateway tells it by its id. A message that could not be decrypted is an `Undecrypted` here: it is what a
 session's repair counts.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import msgspec
 
 from providers import jid, waha_webhook
-from providers.inbound import Connection, Ended, Item, Message, Notice, Parsed, Undecrypted
+from providers.inbound import OUR_OTHER_DEVICE, Connection, Ended, Item, Message, Notice, Parsed, Undecrypted
 from providers.undecrypted import BENIGN, cause_of
 from providers.values import MAX_TYPE, text_of
 from providers.webbody import Around, Walk, walked
@@ -38,7 +39,7 @@ def parse(raw: bytes, received_at: datetime) -> Parsed:
 
 
 class _Walk(Walk):
-    instance_names = ("instance", "session", "whatsappId")
+    instance_names = ("instance", "session")
     wrappers = ("data", "messages", "message", "msg", "payload")
     connection_events = re.compile(
         r"connection|qr|^status(\.instance)?$|pairing|^(session|state)\.(status|change)$|^(logout|remove)\.instance$"
@@ -57,7 +58,7 @@ class _Walk(Walk):
         if _NOT_FOR_US.match(event):
             return [Ignored("neither a message nor of the connection")]
         payload = body.get("payload")
-        if event and type(payload) is dict and type(payload.get("key")) is not dict:
+        if event and type(payload) is dict and not _is_around_messages(payload):
             return self.waha(path, event, payload, around)
         return super().element(path, body, around)
 
@@ -101,15 +102,19 @@ class _Walk(Walk):
         return one
 
     def _undecrypted(self, path: str, told: list[str], element: dict[str, Any]) -> Undecrypted | Ignored:
-        """It failed now, whatever time the message has. One of ours counts too: another device of ours wrote it."""
+        """It failed now, whatever time the message has. One of ours is by another device of ours: that one's session is
+        broken, and not the one with whom it was written to."""
         key = key_of(element)
         if isinstance(key, Ignored):
             return key
         cause = cause_of(told[0] if told else "")
         if cause in BENIGN:
             return Ignored("delivered twice, or nothing to decrypt")
-        in_group = key.chat.kind == "group" and key.author is not None
-        participant = jid.address(key.author) if in_group and key.author else ""
+        participant = ""
+        if key.is_ours:
+            participant = OUR_OTHER_DEVICE
+        elif key.chat.kind == "group" and key.author is not None:
+            participant = jid.address(key.author)
         chat = jid.address(key.chat)
         return Undecrypted(path, chat, key.id, cause, key.person, self.received_at, participant)
 
@@ -118,6 +123,16 @@ class _Walk(Walk):
         if not isinstance(one, Message):
             return one
         return msgspec.structs.replace(one, file=waha_webhook.with_link(one, payload))
+
+
+def _is_around_messages(payload: dict[str, Any]) -> bool:
+    """Whether Baileys' own messages are in a payload, which WAHA's never has: it is one message, or about one."""
+    if type(payload.get("key")) is dict:
+        return True
+    if any(type(payload.get(name)) in (dict, list) for name in ("messages", "data")):
+        return True
+    beside = (payload.get(name) for name in ("message", "msg"))
+    return any(type(one) is dict and type(one.get("key")) is dict for one in beside)
 
 
 def _completed(body: dict[str, Any]) -> dict[str, Any]:

@@ -92,9 +92,17 @@ class Connection(msgspec.Struct, frozen=True, gc=False):
     word: str
 
 
+OUR_OTHER_DEVICE = "me"
+
+
 class Undecrypted(msgspec.Struct, frozen=True, gc=False):
     """A message that a gateway received and could not decrypt: `jid` is the chat's, without a device; `participant` is
-    '' except in groups; `cause` one of `providers.undecrypted.Cause`. `person` is who wrote it, `at` when it failed."""
+    who wrote in a group, else ''; `cause` one of `providers.undecrypted.Cause`. `person` is who wrote it, `at` when it
+    failed.
+
+    One that another device of our own wrote has the participant `me`, in whatever chat: the broken session is that
+    device's. So whoever it was written to has nothing that could be refreshed, and is no contact whose messages fail.
+    """
 
     path: str
     jid: str

@@ -2,15 +2,17 @@
 §5, "Webhooks"), so that the rest is the same as for every other gateway.
 
 Its engine that is built on Baileys hands the original on as `_data`; of the others there are the payload's own fields.
-Ids are `false_5511…@c.us_3EB0…`, with the member at the end in groups; `@c.us` is `@s.whatsapp.net`.
+Ids are `false_5511…@c.us_3EB0…`, with the member at the end in groups; `@c.us` is `@s.whatsapp.net`. One of its engines
+has them as objects, with that text as `_serialized`.
 """
 
 import math
 import re
 from typing import Any
 
+from pombal.errors import Rejected
 from providers.inbound import File, Message
-from providers.values import MAX_ID, MAX_NAME, id_of, required_id, text_of
+from providers.values import MAX_ID, MAX_NAME, id_of, text_of
 
 MESSAGES = ("message", "message.any", "message.waiting", "message.reaction")
 WAITING = "message.waiting"  # "Waiting for this message": it could not be decrypted
@@ -63,7 +65,11 @@ def element(event: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_link(message: Message, payload: dict[str, Any]) -> File | None:
-    """The message's file by the link under which the gateway has it, decrypted; its own file where there is none."""
+    """The message's file: by the keys for what lies at WhatsApp, where the engine hands those on; else by the link
+    under which the gateway has it, decrypted. Such a link leads to where a gateway believes itself to be, which may be
+    its own localhost."""
+    if message.file is not None and message.file.keys is not None:
+        return message.file
     media = payload.get("media")
     media = media if type(media) is dict else {}
     link = media.get("url") or payload.get("mediaUrl")
@@ -95,7 +101,9 @@ def acknowledged(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 def _key(payload: dict[str, Any], *, is_ack: bool = False) -> dict[str, Any]:
     """The key that a payload is about. At the end of an ack's id is who wrote the message, not who read it."""
-    given = required_id(payload, "id")
+    given = _id_in(payload, "id")
+    if given is None:
+        raise Rejected("no id")
     participant = text_of(payload, "participant", MAX_ID) or text_of(payload, "author", MAX_ID)
     if match := _ID.fullmatch(given):
         from_me, chat, id_ = match[1] == "true", match[2], match[3]
@@ -107,6 +115,12 @@ def _key(payload: dict[str, Any], *, is_ack: bool = False) -> dict[str, Any]:
         chat = chat.removesuffix("@c.us") + "@s.whatsapp.net"
     key = {"remoteJid": chat, "fromMe": from_me, "id": id_}
     return key | ({"participant": participant} if participant else {})
+
+
+def _id_in(holder: dict[str, Any], name: str) -> str | None:
+    """The id at a name. Raises `Rejected` for what cannot be one."""
+    value = holder.get(name)
+    return id_of(value, "_serialized") if type(value) is dict else id_of(holder, name)
 
 
 def _name(data: dict[str, Any]) -> str | None:
@@ -147,7 +161,7 @@ def _media(payload: dict[str, Any], data: Any, caption: str | None) -> dict[str,
 
 def _reaction(payload: dict[str, Any]) -> dict[str, Any] | None:
     reaction = payload.get("reaction")
-    target = id_of(reaction, "messageId") if type(reaction) is dict else None
+    target = _id_in(reaction, "messageId") if type(reaction) is dict else None
     if type(reaction) is not dict or target is None:
         return None
     match = _ID.fullmatch(target)
@@ -155,7 +169,10 @@ def _reaction(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _quoted(reply: Any) -> dict[str, Any] | None:
-    given = text_of(reply, "id", MAX_ID) if type(reply) is dict else None
+    if type(reply) is not dict:
+        return None
+    beside = reply.get("id")
+    given = text_of(beside, "_serialized", MAX_ID) if type(beside) is dict else text_of(reply, "id", MAX_ID)
     if given is None:
         return None
     match = _ID.fullmatch(given)

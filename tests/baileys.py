@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 from models import Channel, ChannelKind, Delivery, Tenant, WebhookToken
 from pombal import db
+from pombal.cli.baileys import named_in_webhooks
 from pombal.ids import uuid7
 from tests.factories import a_tenant, all_of
 from tests.gateways import AT, CUSTOMER, TEXT, an_id, encoded
@@ -42,7 +43,7 @@ def a_session(tenant: Tenant | None = None, *, dialect: str = "evolution") -> Se
     name = f"s{uuid4().hex[:12]}"
     config = {"gateway": dialect, "host": "http://127.0.0.1:9", "session": name}
     channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.BAILEYS, name=f"c{uuid4().hex}", config=config)
-    row, token = WebhookToken.make(tenant.id, channel.id, name)
+    row, token = WebhookToken.make(tenant.id, channel.id, named_in_webhooks(config))
     with db.session([tenant.id]) as s:
         s.add(channel)
         s.flush()

@@ -38,6 +38,7 @@ _MUST_BE = {
     "token_kind": "instance or host",
     "gateway": "whaticket, ticketz, evolution, waha or fazer",
     "observe_seconds": "a number from 10 to 3600",
+    "cool_down_seconds": "a number from 0 to 86400",
     "paths": "an object of texts",
     "auth": 'an object with a "kind", files or ticketz',
     **dict.fromkeys(("may_refresh_contacts", "may_drop_keys", "may_restore_creds"), "true or false"),

@@ -139,7 +139,7 @@ def test_a_channel_sets_single_calls_anew() -> None:
 
 def test_the_abilities_are_those_that_need_no_new_code() -> None:
     assert {name: sorted(one.abilities) for name, one in DIALECTS.items()} == {
-        "whaticket": ["restart", "stop"],
+        "whaticket": ["stop"],
         "ticketz": ["restart"],
         "evolution": ["restart"],
         "waha": ["restart", "stop"],
@@ -470,6 +470,14 @@ def test_an_address_inside_is_not_called_unless_it_is_allowed() -> None:
         ("stop", "POST /api/Logout/{session}"),
         ("start", "PUT /v1/whatsappsession/{session}"),
         ("restart", "POST /whatsappsession/{session}/reset"),
+        ("stop", "POST /api/{session}/logout-session"),
+        ("stop", "POST /api/{session}/logOutNow/"),
+        ("stop", "POST /api/{session}/session-logout"),
+        ("stop", "POST /api/{session}/log-out"),
+        ("restart", "POST /instance/{session}/unpair"),
+        ("stop", "POST /connections/terminate/{session}"),
+        ("start", "PUT /sessions/{session}/clear_auth"),
+        ("restart", "GET /sessions/{session}/deleteSession"),
         ("refresh_contact", "POST /refresh/{session}"),
         ("list", "GET /whatsapp/{session}"),
         ("flush", "POST /flush/{session}"),

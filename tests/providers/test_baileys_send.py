@@ -371,7 +371,11 @@ def test_what_the_file_raises_comes_out_as_it_is() -> None:
         ("waha", {"id": {"_serialized": f"true_{GROUP}_3EB0_{CHAT}"}}, "3EB0"),
         ("waha", {"id": "true_x"}, None),
         ("fazer", {"data": None}, None),
+        ("evolution", {"key": {}, "id": "of-its-database"}, None),
+        ("fazer", {"id": 4711, "data": {"key": {"id": "3EB0"}}}, "3EB0"),
         ("whaticket", {}, None),
+        ("whaticket", {"id": 4711, "body": "oi", "ack": 0, "ticketId": 9}, None),
+        ("ticketz", {"id": "4711", "message": {"id": "x"}}, None),
     ],
 )
 def test_an_accepted_message_has_its_id_where_the_gateway_tells_it(gateway: str, body: Any, id_: str | None) -> None:
@@ -447,6 +451,16 @@ def test_a_refusal_concerns_the_message_only_while_the_session_is_open(
     assert (fault.kind, fault.code, fault.is_of_a_moment) == (kind, code, is_of_a_moment)
     if kind is not Kind.SESSION:
         assert fault.text == "text is required"
+
+
+def test_a_number_that_is_not_on_whatsapp_is_a_reason() -> None:
+    told = [{"jid": JID, "exists": False, "number": NUMBER}]
+    no = says({"status": 400, "error": "Bad Request", "response": {"message": told}}, "400 Bad Request")
+
+    fault = taken_for("evolution", no, says({"instance": {"state": "open"}})).fault
+
+    assert fault is not None
+    assert (fault.kind, fault.code, fault.text) == (Kind.PERMANENT, "bad_request", "the number is not on WhatsApp")
 
 
 @pytest.mark.parametrize(

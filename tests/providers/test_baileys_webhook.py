@@ -46,6 +46,7 @@ SENT = datetime.fromtimestamp(AT, UTC)
 NAME = "loja"
 GROUP = "120363000000000001@g.us"
 BIA = Person((("phone", "5511944440001"),), "Bia", (("jid", "5511944440001"),))
+WAHAS_ID = "false_5511944440001@c.us_A"
 UNHEARD = Person(BIA.identities)
 KEY = {"remoteJid": CUSTOMER, "fromMe": False, "id": "A"}
 OURS = KEY | {"fromMe": True}
@@ -84,10 +85,31 @@ SHAPES: dict[str, tuple[Any, str, str | None]] = {
     "a session's id": (
         {"event": "messages.upsert", "whatsappId": 26, "data": upsert(PLAIN)},
         "$.data.messages[0]",
-        "26",
+        None,
     ),
-    "in `message`": ({"whatsappId": 26, "companyId": 1, "message": PLAIN}, "$.message", "26"),
-    "in `msg`": ({"whatsappId": "26", "type": "chat", "msg": PLAIN}, "$.msg", "26"),
+    "in `message`": ({"whatsappId": 26, "companyId": 1, "message": PLAIN}, "$.message", None),
+    "in `msg`": ({"whatsappId": "26", "type": "chat", "msg": PLAIN}, "$.msg", None),
+    "a session's name and its id": (
+        {"event": "messages.upsert", "session": NAME, "whatsappId": 26, "data": upsert(PLAIN)},
+        "$.data.messages[0]",
+        NAME,
+    ),
+    "in `payload`, Baileys' own": (
+        {"event": "messages.upsert", "whatsappId": 26, "payload": upsert(PLAIN)},
+        "$.payload.messages[0]",
+        None,
+    ),
+    "in `data` of `payload`": (
+        {"event": "MESSAGES_UPSERT", "session": NAME, "payload": {"data": PLAIN}},
+        "$.payload.data",
+        NAME,
+    ),
+    "in `message` of `payload`": (
+        {"event": "messages.upsert", "session": NAME, "payload": {"message": PLAIN}},
+        "$.payload.message",
+        NAME,
+    ),
+    "WAHA, its ids objects": (waha(NAME, "message", waha_message() | {"id": {"_serialized": WAHAS_ID}}), "$", NAME),
     "in `payload`": ({"event": "messages.upsert", "session": NAME, "payload": PLAIN}, "$.payload", NAME),
 }
 
@@ -177,7 +199,7 @@ def test_a_file_inside_of_a_body_is_not_kept() -> None:
 # -- WAHA's own fields -----------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_waha_is_a_link() -> None:
+def test_a_file_of_waha_is_fetched_by_its_keys_and_else_by_a_link() -> None:
     link = "http://waha:3000/api/files/loja/A.jpeg"
     told = {"url": link, "mimetype": "image/jpeg", "filename": None}
 
@@ -187,8 +209,11 @@ def test_a_file_of_waha_is_a_link() -> None:
 
     assert (bare.type, bare.body["image"]) == ("image", {"caption": "nota", "mime_type": "image/jpeg"})
     assert bare.file == File(None, "image", "image/jpeg", link=link)
-    assert (full.file.kind, full.file.link, full.file.keys) == ("video", link, None)
-    assert full.file.sha256 == media("video")["videoMessage"]["fileSha256"]
+    assert full.file == only(message(media("video"))).file
+    assert (full.file.link, full.file.keys["messageType"]) == (None, "video")
+    original = message(media("video", mediaKey=None), id_="A")
+    keyless = only(waha(NAME, "message", waha_message(hasMedia=True, media=told, _data=original)))
+    assert (keyless.file.kind, keyless.file.link, keyless.file.keys) == ("video", link, None)
     assert (without.file.link, without.file.keys["messageType"]) == (None, "image")
 
 
@@ -226,9 +251,18 @@ def test_answers_and_reactions_of_waha_name_the_message_by_its_bare_id() -> None
     reaction = only(
         waha(NAME, "message.reaction", waha_message(body=..., reaction={"text": "👍", "messageId": target}))
     )
+    raw = {"fromMe": False, "remote": "5511944440001@c.us", "id": "OLD", "_serialized": target}
+    with_objects = waha_message(body=..., reaction={"text": "👍", "messageId": raw}) | {"id": {"_serialized": WAHAS_ID}}
 
     assert reply.body["context"] == {"id": "OLD", "from": "5511955550300"}
     assert reaction.body["reaction"] == {"message_id": "OLD", "emoji": "👍"}
+    assert only(waha(NAME, "message.reaction", with_objects)) == reaction
+    assert only(waha(NAME, "message", waha_message(replyTo={"id": raw}))).body["context"] == {"id": "OLD"}
+
+
+@pytest.mark.parametrize("id_", [None, "", {}, {"_serialized": None}, {"id": "A"}, {"_serialized": 7.5}, [WAHAS_ID]])
+def test_a_message_of_waha_without_an_id_is_rejected(id_: Any) -> None:
+    assert [one.path for one in read([waha(NAME, "message", waha_message() | {"id": id_})]).rejects] == ["$[0]"]
 
 
 def test_a_group_of_waha_has_members() -> None:
@@ -375,10 +409,18 @@ def test_stories_that_cannot_be_decrypted_are_nobodys_messages(remote: str) -> N
     assert read(stub(remoteJid=remote, participant=CUSTOMER)).changes == []
 
 
-def test_one_that_another_device_of_ours_wrote_counts_in_its_chat() -> None:
+def test_one_that_another_device_of_ours_wrote_is_of_that_device_in_every_chat() -> None:
     made = only(stub(fromMe=True, id_="A"))
+    in_group = only(stub(fromMe=True, id_="A", remoteJid=GROUP, participant="5511955550300@s.whatsapp.net"))
 
-    assert (made.jid, made.message_id, made.person) == (CUSTOMER, "A", UNHEARD)
+    assert (made.jid, made.message_id, made.participant, made.person) == (CUSTOMER, "A", "me", UNHEARD)
+    assert (in_group.jid, in_group.participant) == (GROUP, "me")
+
+
+def test_one_that_a_gateway_wraps_in_a_payload_is_not_lost() -> None:
+    made = only({"event": "messages.upsert", "whatsappId": 26, "payload": upsert(stub(id_="A"))})
+
+    assert (made.path, made.message_id, made.cause) == ("$.payload.messages[0]", "A", Cause.NO_SESSION)
 
 
 def test_what_came_decrypted_after_all_is_a_message() -> None:
@@ -552,7 +594,7 @@ def test_every_dialect_of_the_sandbox_is_understood(dialect: Any) -> None:
     session = "26" if dialect in ("whaticket", "ticketz") else NAME
     who = words.Who(dialect, session, "Loja", "5511955550300", "its-key", "http://x/?token=t", "v")
     ours = OURS | {"id": "B"}
-    names = {None} if dialect == "fazer" else {session}
+    names = {session} if dialect in ("evolution", "waha") else {None}
 
     def said(bodies: Any) -> list[Any]:
         bodies = [json.loads(json.dumps(body)) for body in bodies]
@@ -568,7 +610,7 @@ def test_every_dialect_of_the_sandbox_is_understood(dialect: Any) -> None:
     asking = said(words.connection(who, "qr", None, ("2@secret", "data:image/png;base64,secret")))
 
     assert (text.body["text"]["body"], text.person, text.chat) == ("oi", BIA, BIA)
-    assert (file.type, file.file.link) == ("image", "http://x/y" if dialect == "waha" else None)
+    assert (file.type, file.file.link, file.file.keys["messageType"]) == ("image", None, "image")
     assert [one.cause for one in lost] == ([] if dialect in ("evolution", "waha") else [Cause.PREKEY])
     assert [one.status for (one,) in became] == ["sent", "delivered", "read", "played"]
     assert {one.code for one in ended if isinstance(one, Ended)} == (set() if dialect == "waha" else {401})

@@ -148,7 +148,9 @@ def test_a_token_is_in_no_line_and_neither_is_what_was_said(tmp_path: Path) -> N
 
 # -- what is overwritten ---------------------------------------------------------------------------------------------
 
-NAMES = st.sampled_from(["apikey", "destination", "code", "qrcode", "text", 'x"apikey', 'apikey":"', "\\", "base64"])
+NAMES = st.sampled_from(
+    ["apikey", "destination", "code", "qrcode", "text", 'x"apikey', 'apikey":"', "\\", "base64", "webhookVerifyToken"]
+)
 TEXTS = st.sampled_from(['"apikey":"x"', '\\"apikey\\":', "2@abc", "", '"qrcode":{', "é\u0001\\"]) | st.text(max_size=8)
 BODIES = st.dictionaries(
     NAMES,
@@ -179,7 +181,9 @@ def has_code(value: object) -> bool:
 @given(BODIES, st.booleans(), st.sampled_from([None, 1]))
 def test_nothing_but_those_values_changes_in_any_body(body: object, is_ascii: bool, indent: int | None) -> None:
     raw = json.dumps(body, ensure_ascii=is_ascii, indent=indent).encode("utf-8", "surrogatepass")
-    names = {"apikey", "destination", "qrcode"} | ({"code", "base64"} if has_code(body) else set())
+    names = {"apikey", "destination", "qrcode", "webhookVerifyToken"} | (
+        {"code", "base64"} if has_code(body) else set()
+    )
 
     left = without_secrets(raw)
 
@@ -202,6 +206,40 @@ def members(value: object) -> list[tuple[str, str]]:
 def test_what_is_no_json_keeps_its_length(raw: bytes) -> None:
     assert len(without_secrets(raw)) == len(raw)
     assert b"abc" not in without_secrets(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "left"),
+    [
+        (
+            rb'{"\u0071r":"2@x","\u0061\u0070\u0069Ke\u0079":"k"}',
+            rb'{"\u0071r":"***","\u0061\u0070\u0069Ke\u0079":"*"}',
+        ),
+        (rb'{"qrcode\u0073":"2@x","\\u0071r":"2@x","\u00e9":"q"}', None),
+        (
+            b'{"event":"qrcode","data":{"code":"2@x","base64":"y"}}',
+            b'{"event":"qrcode","data":{"code":"***","base64":"*"}}',
+        ),
+        (b'{"data":{"code":"2@x"},"event" : "QRCODE_UPDATED"}', b'{"data":{"code":"***"},"event" : "QRCODE_UPDATED"}'),
+        (b'{"event":"qr","data":"2@x"}', b'{"event":"qr","data":"***"}'),
+        (b'{"event":"messages.upsert","data":{"code":"2","text":"\\"event\\":\\"qr\\""}}', None),
+    ],
+)
+def test_a_code_is_overwritten_however_it_is_spelt_or_announced(raw: bytes, left: bytes | None) -> None:
+    assert without_secrets(raw) == (left or raw)
+
+
+def test_of_more_secrets_than_any_gateway_has_nothing_is_kept_and_not_each_is_looked_at() -> None:
+    many = [{"qr": f"2@{n}"} for n in range(20_000)]
+    raw = json.dumps(many).encode()
+
+    left = without_secrets(raw)
+
+    assert len(left) == len(raw)
+    assert b"2@" not in left
+    assert set(left[-len(raw) // 4 :]) == {ord("*")}  # as a whole: what comes behind costs nothing
+    few = json.dumps(many[:9_000]).encode()
+    assert [len(one["qr"]) for one in json.loads(without_secrets(few))] == [len(one["qr"]) for one in many[:9_000]]
 
 
 def test_a_large_body_is_one_pass() -> None:

@@ -243,6 +243,21 @@ def test_a_body_of_another_session_is_foreign_and_counts_nowhere() -> None:
     assert (ends(ours), ends(theirs)) == ([], [])
 
 
+def test_a_session_that_is_known_by_its_name_may_be_told_of_by_its_id() -> None:
+    session = a_session(dialect="whaticket")
+    told = {"event": "messages.upsert", "whatsappId": 26}
+
+    ids = received(
+        session,
+        told | {"data": upsert(message(id_="A"))},
+        told | {"session": session.name, "payload": upsert(message(id_="B"), stub(id_="C"))},
+    )
+
+    assert set(states(ids).values()) == {"done"}
+    assert {row["provider_id"] for row in messages(session)} == {"A", "B"}
+    assert [row["message_id"] for row in errors(session)] == ["C"]
+
+
 # -- connections and bells -------------------------------------------------------------------------------------------
 
 
