@@ -147,7 +147,8 @@ class Turn:
         skipped = [self._entry(step, why, outcome="skipped") for step, why in choice.skipped]
         for step, _ in choice.skipped:
             metrics.repairs.labels(step=step, outcome="skipped").inc()
-        evidence = {**self.row["evidence"], "is_of_groups": _ladder.is_of_groups(tally)}  # the scope that was chosen
+        # The scope and the reason that were chosen: more may fail, and more be said, before the step is made.
+        evidence = {**self.row["evidence"], "is_of_groups": _ladder.is_of_groups(tally), "why": choice.why}
         return self._to(choice.step, choice.why, more=skipped, evidence=evidence)
 
     async def _is_beyond_repair(self, gateway: Gateway) -> str | None:
@@ -194,7 +195,8 @@ class Turn:
         if known is not None and self.step != Step.RESTORE_CREDS and known.creds_are_broken():
             # It lives by what it has in memory: whoever closes its socket now loses the pairing.
             if self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None and known.plan_restore() is not None:
-                return self._to(Step.RESTORE_CREDS, "its stored credentials are broken")
+                why = "its stored credentials are broken"
+                return self._to(Step.RESTORE_CREDS, why, evidence={**self.row["evidence"], "why": why})
             return self._to_a_person("its stored credentials are broken: closing its socket would end the pairing")
         store = self.patient.store_for(self.step, gateway)
         if store is not None:
@@ -498,7 +500,7 @@ class Turn:
         return {"steps": [*before, {**last, "details": {**last["details"], **details}}]}
 
     def _why(self) -> str:
-        return self.row["says"] or "asked for by hand"
+        return str(self.row["evidence"].get("why", "asked for by hand"))
 
     def _entry(self, step: Step, why: str, *, outcome: str | None = None) -> dict[str, Any]:
         now = self._now().isoformat()

@@ -486,7 +486,9 @@ def test_steps_cool_down_and_three_a_day_are_enough(baileys: Baileys, tenant: Te
                 )
         walk(channel, step="restart", phase="watching")
         arrive(channel)
-        assert walk(channel, state="closed")["outcome"] == "repaired"
+        told = walk(channel, state="closed")
+        assert told["outcome"] == "repaired"
+        assert [one["why"] for one in told["steps"] if "cools" in one["why"]] == []
     assert done(baileys) == [("26", "stop"), ("26", "start")] * 3
 
     fail(channel)
