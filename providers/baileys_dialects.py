@@ -219,9 +219,12 @@ def dialect_of(gateway: str) -> Dialect:
 
 
 def check_session(gateway: str, session: str) -> str:
-    """A session's name or id as it may stand in a path (F6). Raises `Rejected`."""
+    """A session's name or id as it may stand in a path (F6); of fazer-ai's gateway its phone number, with the `+`.
+    Raises `Rejected`."""
     dialect_of(gateway)
-    if gateway == "fazer" and _PHONE.fullmatch(session):
+    if gateway == "fazer":
+        if not _PHONE.fullmatch(session):
+            raise Rejected("of this gateway the session is its phone number: + and 5 to 15 digits")
         return "+" + session.removeprefix("+")
     if not _NAME.fullmatch(session):
         raise Rejected("the session may have letters, digits, hyphens and underscores, at most 64 in all")

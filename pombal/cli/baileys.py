@@ -20,7 +20,14 @@ from providers.baileys_dialects import DIALECTS, check_paths, check_session, nor
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # security-reliability.md F6
 _MOST_FOLDER = 1024  # characters
 _FEWEST_PARTS = 3  # … `/`, one of its folders, and one in that
+_IN_A_LOG = re.compile(r"[\x21-\x7e]{1,64}")
 _STORES = ("postgresql://", "postgres://")
+_BY_HAND = {
+    "whaticket": "have its webhook post messages.upsert, messages.update and connection.update there "
+    "(docs/baileys.md).",
+    "waha": "enter it in config.webhooks of the session, or as WHATSAPP_HOOK_URL, with the events message, "
+    "message.any, message.ack and session.status (docs/baileys.md).",
+}
 # Of these a person must have said so, since something is deleted, replaced or sent (baileys-sessions.md §7).
 _FOR_STORES = ("may_drop_keys", "may_restore_creds")
 
@@ -46,6 +53,8 @@ class BaileysSettings(SendingConfig, forbid_unknown_fields=True, kw_only=True):
     paths                 a gateway's own paths where they are not its dialect's: `{"stop": "PUT /…/{session}/…"}`
     silent_after_hours    without traffic in either direction after which a connected channel is called silent; 0: never
     observe_seconds       for which a repair looks on before it does anything, and after each step
+    cool_down_seconds     that must lie between two steps of a repair; twice as long after each further one
+    log_name              what the gateway's log calls the session where that is not `session`: its name, or its id
     auth                  where the session's keys are, for the steps that need them
     may_refresh_contacts  whether a repair may have the gateway send to a contact whose messages fail
     may_drop_keys         … delete keys that are made anew by themselves, after a backup
@@ -59,6 +68,8 @@ class BaileysSettings(SendingConfig, forbid_unknown_fields=True, kw_only=True):
         "paths",
         "silent_after_hours",
         "observe_seconds",
+        "cool_down_seconds",
+        "log_name",
         "auth",
         "may_refresh_contacts",
         "may_drop_keys",
@@ -68,6 +79,8 @@ class BaileysSettings(SendingConfig, forbid_unknown_fields=True, kw_only=True):
     paths: dict[str, str] | UnsetType | None = UNSET
     silent_after_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] | UnsetType | None = UNSET
     observe_seconds: Annotated[float, msgspec.Meta(ge=10, le=3600)] | UnsetType | None = UNSET
+    cool_down_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] | UnsetType | None = UNSET
+    log_name: str | UnsetType | None = UNSET
     auth: Auth | UnsetType | None = UNSET
     may_refresh_contacts: bool | UnsetType | None = UNSET
     may_drop_keys: bool | UnsetType | None = UNSET
@@ -79,6 +92,8 @@ class BaileysSettings(SendingConfig, forbid_unknown_fields=True, kw_only=True):
         merged = super().applied_to(config)
         if isinstance(merged.get("auth"), Auth):
             merged["auth"] = msgspec.to_builtins(_checked_auth(merged["auth"], merged["session"]))
+        if not _IN_A_LOG.fullmatch(merged.get("log_name", "-")):
+            raise Refused("log_name must be what log lines call the session: 1 to 64 characters without blanks")
         if "paths" in merged:
             try:
                 merged["paths"] = check_paths(merged["gateway"], merged["paths"])
@@ -130,6 +145,18 @@ def described(config: BaileysConfig) -> tuple[dict[str, Any], dict[str, Any], st
     kept = config.applied_to(kept)
     secrets = {"api_key": usable_token(config.api_key, "api_key")} if config.api_key else {}
     return kept, config.sealed_in(secrets, kept), host
+
+
+def named_in_webhooks(config: Mapping[str, Any]) -> str | None:
+    """What bodies call the session of a channel of this `config`, and no other; None where that is not known: a gateway
+    whose sessions have ids tells those, whatever the channel calls its own."""
+    session: str = config["session"]
+    return None if DIALECTS[config["gateway"]].has_ids else session
+
+
+def to_enter(config: Mapping[str, Any]) -> str:
+    """What an operator does with a webhook's URL where the gateway of a channel of this `config` has no call for it."""
+    return "This gateway has no call to set it: " + _BY_HAND.get(config["gateway"], _BY_HAND["whaticket"])
 
 
 def can(config: Mapping[str, Any], call: str) -> bool:

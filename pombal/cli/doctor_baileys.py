@@ -4,8 +4,10 @@ Gateways are asked, with no transaction open, and nothing is changed: neither th
 """
 
 import asyncio
+import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
@@ -20,7 +22,7 @@ from pombal.cli.doctor import Finding, some
 from pombal.errors import Misconfigured, Permanent, Rejected
 from pombal.settings import settings
 from providers import authstore, gateway_of
-from providers.baileys_dialects import normal_base
+from providers.baileys_dialects import DIALECTS, normal_base
 from providers.http import Clients
 from providers.instance import InstanceFault
 
@@ -61,6 +63,7 @@ def findings() -> Iterator[Finding]:
         if len(names) > 1:
             what = "one session of a Baileys gateway, several channels; each of them would repair it"
             yield Finding("warning", f"{what}: {some(names)}")
+    yield from _names_in_logs(known)
     yield from _stores(known)
     yield from _asked([one for one in known if one.host][:_MOST_ASKED])
     yield from _late_repairs()
@@ -72,6 +75,22 @@ def _settings() -> Iterator[Finding]:
             normal_base(given)
         except Rejected as error:
             yield Finding("error", f"BACKEND_URL: {error}")
+    if (given := settings().session_log) and (wrong := _unwritable(Path(given))):
+        yield Finding("warning", f"SESSION_LOG, as seen from this host: {wrong}: no step of a repair is written there")
+
+
+def _unwritable(file: Path) -> str | None:
+    """Why nothing can be added to this file; None when something can. It is not made, and not changed."""
+    try:
+        if file.exists():
+            what = None if file.is_file() and os.access(file, os.W_OK) else "no file that this user may write"
+        elif not file.parent.is_dir():
+            what = "its folder does not exist"
+        else:
+            what = None if os.access(file.parent, os.W_OK | os.X_OK) else "its folder is none that this user may write"
+    except (OSError, ValueError):  # a folder on the way that must not be looked into
+        what = "it cannot be reached"
+    return what
 
 
 def _channels() -> tuple[list[Known], list[Finding]]:
@@ -103,6 +122,21 @@ def _mode(count: int) -> Iterator[Finding]:
         yield Finding("ok", f"sessions of {channels} are watched and repaired")
 
 
+def _names_in_logs(known: list[Known]) -> Iterator[Finding]:
+    """Whether lines of logs could be told to be of a channel's session."""
+    unknown = [
+        one.name
+        for one in known
+        if one.config.get("gateway") in DIALECTS
+        and DIALECTS[one.config["gateway"]].has_ids
+        and not one.config.get("session", "").isdecimal()
+        and not one.config.get("log_name")
+    ]
+    if unknown:
+        what = "a session is called by its name; if its gateway's log is followed and has its id, set log_name to that"
+        yield Finding("note", f"{what} (`pombal channel set`): {some(unknown)}")
+
+
 def _stores(known: list[Known]) -> Iterator[Finding]:
     """Whether the keys of sessions can be reached where an operator allowed a repair to."""
     for one in known:
@@ -120,41 +154,46 @@ def _asked(known: list[Known]) -> Iterator[Finding]:
     for one in known:
         hosts.setdefault(one.host, one)
     hooked = [one for one in known if baileys.can(one.config, "hook")]
-    unwell, elsewhere = asyncio.run(_all_asked(list(hosts.values()), hooked))
+    unwell, elsewhere, left_out = asyncio.run(_all_asked(list(hosts.values()), hooked))
     for one, said in unwell:
         names = [other.name for other in known if other.host == one.host]
         yield Finding("warning", f"a gateway is not well: {said}: {some(names)}")
     if elsewhere:
         what = "events do not come here (`pombal channel connect`)"
         yield Finding("warning", f"{what}: {some([f'{one.name} ({said})' for one, said in elsewhere])}")
-    if not unwell:
+    if left_out:
+        what = f"{left_out} Baileys gateway{'s were' if left_out > 1 else ' was'} not asked"
+        yield Finding("note", f"{what}: those before took the {_SECONDS:.0f} seconds that there are for all")
+    if not unwell and not left_out:
         yield Finding("ok", f"{len(hosts)} Baileys gateway{'s answer' if len(hosts) > 1 else ' answers'}")
 
 
 async def _all_asked(
     hosts: list[Known], hooked: list[Known]
-) -> tuple[list[tuple[Known, str]], list[tuple[Known, str]]]:
-    """Those whose gateway is not well, and why; and those whose events go elsewhere, and where."""
+) -> tuple[list[tuple[Known, str]], list[tuple[Known, str]], int]:
+    """Those whose gateway is not well, and why; those whose events go elsewhere, and where; and how many gateways the
+    time was over for before it was their turn."""
     room, clients = asyncio.Semaphore(_AT_ONCE), Clients(count=1)
+    until = asyncio.get_running_loop().time() + _SECONDS
+    reached: set[str] = set()
 
     async def health(one: Known) -> str | None:
-        async with room:
-            try:
-                async with asyncio.timeout(_SECONDS):
-                    await gateway_of(ChannelKind.BAILEYS, clients, one.config, one.secrets).health()
-            except InstanceFault as fault:
-                return f"{fault.text} ({fault.code})"
-            except (TimeoutError, Permanent) as error:
-                return str(error) or "no answer in time"
+        try:
+            async with asyncio.timeout_at(until), room:
+                reached.add(one.host)
+                await gateway_of(ChannelKind.BAILEYS, clients, one.config, one.secrets).health()
+        except InstanceFault as fault:
+            return f"{fault.text} ({fault.code})"
+        except (TimeoutError, Permanent) as error:
+            return str(error) or "no answer in time"
         return None
 
     async def hook(one: Known) -> str | None:
-        async with room:
-            try:
-                async with asyncio.timeout(_SECONDS):
-                    found = await gateway_of(ChannelKind.BAILEYS, clients, one.config, one.secrets).hook()
-            except (InstanceFault, TimeoutError, Permanent):
-                return None  # its health says so, or its form is not known
+        try:
+            async with asyncio.timeout_at(until), room:
+                found = await gateway_of(ChannelKind.BAILEYS, clients, one.config, one.secrets).hook()
+        except (InstanceFault, TimeoutError, Permanent):
+            return None  # its health says so, or its form is not known
         return _wrong_with(one, found.url, is_enabled=found.is_enabled)
 
     try:
@@ -164,8 +203,9 @@ async def _all_asked(
         hooks = await asyncio.gather(*(hook(one) for one in asked))
     finally:
         await clients.close()
-    unwell = [(one, said) for one, said in zip(hosts, states, strict=True) if said]
-    return unwell, [(one, said) for one, said in zip(asked, hooks, strict=True) if said]
+    unwell = [(one, said) for one, said in zip(hosts, states, strict=True) if said and one.host in reached]
+    elsewhere = [(one, said) for one, said in zip(asked, hooks, strict=True) if said]
+    return unwell, elsewhere, len(hosts) - len(reached)
 
 
 def _wrong_with(one: Known, url: str, *, is_enabled: bool) -> str | None:

@@ -46,10 +46,6 @@ from providers.instance import Hook, Instance, InstanceFault
 from providers.megaapi import check_key, normal_host
 
 _CONNECTS = "`pombal channel connect` has the gateway deliver its events there."
-_BY_HAND = (
-    "This gateway has no call to set it: have its webhook post messages.upsert, messages.update and connection.update "
-    "there (docs/baileys.md)."
-)
 _EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg"}
 
 # What an operator can do about a fault, where its own text does not say it.
@@ -118,7 +114,7 @@ def create(given: Namespace) -> int:
     show(given, {"id": channel.id, "kind": channel.kind, "name": channel.name, "webhook": webhook})
     if not given.json:
         has_hook = given.kind != ChannelKind.BAILEYS or baileys.can(channel.config, "set_hook")
-        say("This token is shown once. " + (_CONNECTS if has_hook else _BY_HAND))
+        say("This token is shown once. " + (_CONNECTS if has_hook else baileys.to_enter(channel.config)))
     return 0
 
 
@@ -151,7 +147,7 @@ def add_baileys_channel(tenant: Tenant, name: str, config: BaileysConfig) -> tup
     """A new channel on a Baileys gateway, and the token that its webhooks are to carry. Raises `Refused`."""
     channel = Channel(tenant_id=tenant.id, id=uuid7(), kind=ChannelKind.BAILEYS, name=name)
     channel.config, secrets, host = baileys.described(config)
-    row, token = WebhookToken.make(tenant.id, channel.id, channel.config["session"])
+    row, token = WebhookToken.make(tenant.id, channel.id, baileys.named_in_webhooks(channel.config))
     channel.seal(secrets | {"webhook_token": token})
     _add(channel, row, host)
     return channel, token
@@ -279,7 +275,7 @@ def _to_enter(given: Namespace, base: str, tenant: Tenant, channel: Channel) -> 
     url = base + webhook_path(tenant, channel, token)
     show(given, {"id": channel.id, "name": channel.name, "webhook": url, "new_token": is_new, "read_back": False})
     if not given.json:
-        say(_BY_HAND)
+        say(baileys.to_enter(channel.config))
         if given.new_token:
             say("A token before this one stays valid until you `connect` once more, without --new-token.")
     return 0
@@ -336,8 +332,9 @@ def _token_in_use(channel: Channel) -> str | None:
 
 def _one_more_token(channel: Channel) -> str:
     """Valid from now on, so that nothing is refused between the gateway's change and ours."""
-    field, _ = _KEYS[ChannelKind(channel.kind)]
-    row, token = WebhookToken.make(channel.tenant_id, channel.id, channel.config[field])
+    is_mega = channel.kind == ChannelKind.MEGAAPI
+    name = channel.config["instance_key"] if is_mega else baileys.named_in_webhooks(channel.config)
+    row, token = WebhookToken.make(channel.tenant_id, channel.id, name)
     with db.session([channel.tenant_id]) as s:
         s.add(row)
     return token

@@ -5,14 +5,16 @@ import sys
 import zlib
 from argparse import Namespace
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 from pombal.cli import as_json, say, table
-from pombal.errors import PombalError
+from pombal.cli.admin import Refused
+from pombal.errors import PombalError, Rejected
 from pombal.settings import settings
+from providers.baileys_dialects import normal_base
 from providers.gateway_log import RECORD, Ended, Failure, Finding, LogReader, Weak
 from providers.undecrypted import Cause
 
@@ -40,7 +42,7 @@ class Told:
         self.failed: dict[tuple[str, str], datetime] = {}
         self.healed: set[tuple[str, str]] = set()
         self.duplicates: set[tuple[str, str]] = set()
-        self.weak = 0
+        self.weak_at: list[datetime] = []
         self.ends: Counter[int] = Counter()
 
     def add(self, failure: Failure) -> str:
@@ -59,14 +61,12 @@ class Told:
         return "counted"
 
     def most_within(self, window: timedelta) -> int:
-        most = 0
-        recent: deque[datetime] = deque()
-        for at in sorted(self.failed.values()):
-            recent.append(at)
-            while at - recent[0] > window:
-                recent.popleft()
-            most = max(most, len(recent))
-        return most
+        return _most_within(self.failed.values(), window)
+
+    def is_over(self, threshold: int, window: timedelta) -> bool:
+        """Whether so many fail within one window, and do not heal, that a repair would begin."""
+        unhealed = [at for message, at in self.failed.items() if message not in self.healed]
+        return max(_most_within(unhealed, window), _most_within(self.weak_at, window)) > threshold
 
     def shown(self, window: timedelta) -> dict[str, int]:
         return {
@@ -76,6 +76,17 @@ class Told:
             "duplicate_deliveries_benign": len(self.duplicates),
             f"max_failed_distinct_in_{int(window.total_seconds())}s": self.most_within(window),
         }
+
+
+def _most_within(times: Iterable[datetime], window: timedelta) -> int:
+    most = 0
+    recent: deque[datetime] = deque()
+    for at in sorted(times):
+        recent.append(at)
+        while at - recent[0] > window:
+            recent.popleft()
+        most = max(most, len(recent))
+    return most
 
 
 class Scan:
@@ -102,7 +113,7 @@ class Scan:
             if isinstance(one, Failure):
                 self.lines[told.add(one)] += 1
             elif isinstance(one, Weak):
-                told.weak += 1
+                told.weak_at.append(one.at)
             elif isinstance(one, Ended):
                 told.ends[one.code] += 1
 
@@ -123,7 +134,7 @@ def scan(given: Namespace) -> int:
                 result.read(file, LogReader(attribute=given.attribute, session=given.channel, day=day.date()))
         except (OSError, EOFError, zlib.error) as error:
             raise Unreadable(f"{name}: {getattr(error, 'strerror', None) or 'not a whole gzip file'}") from None
-    window = settings().require_error_window()
+    window, threshold = settings().require_error_window(), settings().threshold_errors
     sessions = {name: told for name, told in sorted(result.sessions.items(), key=lambda one: str(one[0]))}
     counted = result.lines["counted"]
     if given.json:
@@ -131,6 +142,7 @@ def scan(given: Namespace) -> int:
             {
                 "sessions": {name: told.shown(window) for name, told in sessions.items() if name is not None},
                 "unattributed": sessions.get(None, Told()).shown(window),
+                "over_threshold": [name for name, told in sessions.items() if name and told.is_over(threshold, window)],
                 "ends": {name or "": dict(sorted(told.ends.items())) for name, told in sessions.items() if told.ends},
                 "lines": {
                     "matched": result.matched,
@@ -141,7 +153,10 @@ def scan(given: Namespace) -> int:
             }
         )
         return 0
-    table([_row(name, told, window) for name, told in sessions.items()], empty="no message failed to decrypt")
+    rows = [_row(name, told, window, threshold) for name, told in sessions.items()]
+    table(rows, empty="no message failed to decrypt")
+    if rows:
+        say("healed: at least; a log of level error tells nothing of messages that arrive after all")
     say(f"lines that match {result.matched}, messages that count {counted}")
     for reason, count in result.not_counted().items():
         say(f"  not counted: {count} ({reason}: {_REASONS[reason]})")
@@ -150,7 +165,8 @@ def scan(given: Namespace) -> int:
     return 0
 
 
-def _row(name: str | None, told: Told, window: timedelta) -> dict[str, object]:
+def _row(name: str | None, told: Told, window: timedelta, threshold: int) -> dict[str, object]:
+    is_over = name is not None and told.is_over(threshold, window)  # what is of no session opens nothing
     failed, healed, unhealed, duplicates, most = told.shown(window).values()
     return {
         "session": "(none named)" if name is None else name,
@@ -159,7 +175,8 @@ def _row(name: str | None, told: Told, window: timedelta) -> dict[str, object]:
         "unhealed": unhealed,
         "duplicates": duplicates,
         f"most in {int(window.total_seconds())} s": most,
-        "weak": told.weak,
+        "weak": len(told.weak_at),
+        f"over {threshold}": "yes" if is_over else "no",
         "ended": ", ".join(f"{code} ({n})" if n > 1 else str(code) for code, n in sorted(told.ends.items())),
     }
 
@@ -184,6 +201,13 @@ def follow(given: Namespace) -> int:
     from pombal.cli.fleet import _ready
 
     _ready("follower_starting")
+    if given.tenant is not None:
+        _require_tenant(given.tenant)
+    if given.gateway is not None:
+        try:
+            normal_base(given.gateway)
+        except Rejected as error:
+            raise Refused(f"--gateway: {error}") from None
     from workers._follower import Wanted, main
 
     # Who starts a Procfile's line without a shell hands the variable's name on.
@@ -201,3 +225,19 @@ def follow(given: Namespace) -> int:
             from_start=given.from_start,
         ),
     )
+
+
+def _require_tenant(slug: str) -> None:
+    """Raises `Refused` when there is none of this name. A database that is away is waited for, later."""
+    from sqlalchemy.exc import DBAPIError
+
+    from models import Tenant
+    from pombal import db
+
+    try:
+        with db.session() as s:
+            if s.scalars(Tenant.by_slug(slug)).first() is None:
+                raise Refused(f"--tenant: there is no tenant {slug}")
+    except DBAPIError as error:
+        if not db.is_store_trouble(error):
+            raise

@@ -1,10 +1,16 @@
 """What an operator types about channels on Baileys gateways: made, connected to us, changed, asked, looked after."""
 
+import contextlib
 import io
+import os
 import re
+import socket
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -15,11 +21,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from models import Channel, ChannelKind, Tenant, WebhookToken
-from pombal.cli import doctor_baileys
+from pombal.cli import doctor_baileys, main
 from pombal.settings import settings
 from providers.baileys_dialects import DIALECTS
 from tests import factories
 from tests.pombal.test_cli import Terminal
+from tests.providers import gateway_logs as logs
 from tests.sandbox.servers import serve
 from web import kinds
 
@@ -50,7 +57,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 
 class Gateway:
-    """An Evolution of one session, as far as an operator's commands go."""
+    """An Evolution of one session, as far as an operator's commands go; or a WAHA of two."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -60,7 +67,7 @@ class Gateway:
         self.asked: list[str] = []
 
     async def answer(self, request: Request) -> JSONResponse:
-        if request.headers.get("apikey") != KEY:
+        if KEY not in (request.headers.get("apikey"), request.headers.get("x-api-key")):
             return JSONResponse({"status": 401, "error": "Unauthorized"}, 401)
         path = request.url.path
         self.asked.append(f"{request.method} {path}")
@@ -72,6 +79,8 @@ class Gateway:
             return JSONResponse(self.hook)
         if path == "/instance/fetchInstances":
             return JSONResponse([{"name": name, "connectionStatus": self.state} for name in ("shop", "other")])
+        if path == "/api/sessions":
+            return JSONResponse([{"name": name, "status": "WORKING"} for name in ("shop", "other")])
         return JSONResponse({"instance": {"instanceName": "shop", "state": self.state}})
 
     def app(self) -> Starlette:
@@ -148,6 +157,10 @@ def test_a_channel_has_what_was_said_of_it_and_its_secrets_apart(terminal: Termi
         ({"host": None}, "host is required: BACKEND_URL is not set"),
         ({"host": "https://me:secret@gateway.example"}, "the host must not have a user name"),
         *[({"session": one}, "session: the session may have letters") for one in ("../1", "1/2", "/etc", "a.b", "")],
+        *[
+            ({"gateway": "fazer", "session": one}, "session: of this gateway the session is its phone number: + and")
+            for one in ("shop", "+55 11 95555", "++5511955550300", "+")
+        ],
         ({"api_key": "se cret"}, "api_key has a blank in it"),
         ({"paths": {"destroy": "GET /x"}}, "no call of a gateway is named 'destroy'"),
         ({"paths": {"stop": "PUT /all/sessions"}}, "the path of stop must have {session} in it"),
@@ -156,6 +169,11 @@ def test_a_channel_has_what_was_said_of_it_and_its_secrets_apart(terminal: Termi
         ({"may_drop_keys": True}, "may_drop_keys goes with auth"),
         ({"may_restore_creds": 1}, "--config: may_restore_creds must be true or false"),
         ({"observe_seconds": 1}, "--config: observe_seconds must be a number from 10 to 3600"),
+        ({"cool_down_seconds": -1}, "--config: cool_down_seconds must be a number from 0 to 86400"),
+        *[
+            ({"log_name": one}, "log_name must be what log lines call the session")
+            for one in ("", "a b", "x" * 65, "\n")
+        ],
         ({"auth": {"kind": "redis"}}, "--config: auth must be an object"),
         *[
             ({"auth": {"kind": "files", "folder": folder}}, "auth.folder must be an absolute path")
@@ -200,6 +218,12 @@ def test_settings_are_changed_and_put_back(terminal: Terminal, tenant: Tenant) -
         found: dict[str, Any] = terminal.json("channel", "set", tenant.slug, "shop", "--config", encoded)["config"]
         return found
 
+    assert [change(log_name=one, cool_down_seconds=60).get("log_name") for one in ("+5511955550300", None)] == [
+        "+5511955550300",
+        None,
+    ]
+    assert change()["cool_down_seconds"] == 60
+    assert "cool_down_seconds" not in change(cool_down_seconds=None)
     stop = {"stop": "PUT /sessions/{session}/close"}
     database = {"kind": "ticketz", "backups": "/srv/pombal/backups"}
     assert change(paths=stop, silent_after_hours=0)["paths"] == stop
@@ -259,15 +283,42 @@ def test_at_any_other_an_operator_is_told_what_to_enter(terminal: Terminal, tena
     assert tokens(tenant) == {WebhookToken.digest_of(new)}
 
 
+@pytest.mark.parametrize(
+    ("dialect", "told", "untold"),
+    [
+        ("whaticket", "messages.upsert, messages.update and connection.update", "session.status"),
+        ("ticketz", "messages.upsert, messages.update and connection.update", "session.status"),
+        ("waha", "message, message.any, message.ack and session.status", "messages.upsert"),
+    ],
+)
+def test_an_operator_is_told_the_events_of_the_gateways_own_dialect(
+    terminal: Terminal, tenant: Tenant, dialect: str, told: str, untold: str
+) -> None:
+    created = terminal(*create(tenant, gateway=dialect))
+
+    for said in (created, terminal(*connect(tenant))):
+        assert told in said
+        assert untold not in said
+
+
+@pytest.mark.parametrize(("dialect", "instance"), [("whaticket", None), ("ticketz", None), ("evolution", "shop")])
+def test_a_token_is_bound_to_a_session_where_webhooks_call_it_by_the_same_name(
+    terminal: Terminal, tenant: Tenant, gateway: Gateway, dialect: str, instance: str | None
+) -> None:
+    terminal(*create(tenant, gateway=dialect, host=gateway.url))
+    terminal(*connect(tenant, "--new-token"))
+
+    with factories.seen_by(tenant) as s:
+        found = list(s.scalars(select(WebhookToken).where(WebhookToken.tenant_id == tenant.id)))
+    assert {(one.channel_id, one.instance) for one in found} == {(row(tenant).id, instance)}
+    assert WebhookToken.digest_of(row(tenant).secrets()["webhook_token"]) in {one.digest for one in found}
+
+
 def test_the_gateway_is_asked_how_its_sessions_stand_once_for_all_of_them(
     terminal: Terminal, tenant: Tenant, gateway: Gateway
 ) -> None:
-    terminal(*create(tenant, host=gateway.url))
-    (one,) = terminal.json("channel", "status", tenant.slug, "--check")
-    assert (one["now"], one["now_raw"]) == ("connected", "open")
-    gateway.asked.clear()
-    for name in ("other", "gone"):
-        terminal(*create(tenant, name, host=gateway.url, session=name))
+    for name in ("shop", "other", "gone"):
+        terminal(*create(tenant, name, gateway="waha", host=gateway.url, session=name))
 
     found = terminal.json("channel", "status", tenant.slug, "--check")
 
@@ -276,7 +327,19 @@ def test_the_gateway_is_asked_how_its_sessions_stand_once_for_all_of_them(
         "other": ("connected", None),
         "gone": ("unknown", "not_listed"),
     }
-    assert gateway.asked == ["GET /instance/fetchInstances"]
+    assert gateway.asked == ["GET /api/sessions"]
+
+
+def test_each_session_of_evolution_is_asked_about_since_its_list_is_behind(
+    terminal: Terminal, tenant: Tenant, gateway: Gateway
+) -> None:
+    for name in ("shop", "other"):
+        terminal(*create(tenant, name, host=gateway.url, session=name))
+
+    found = terminal.json("channel", "status", tenant.slug, "--check")
+
+    assert [(one["now"], one["now_raw"]) for one in found] == [("connected", "open")] * 2
+    assert sorted(gateway.asked) == [f"GET /instance/connectionState/{name}" for name in ("other", "shop")]
 
 
 def test_a_session_is_restarted_at_its_gateway(terminal: Terminal, tenant: Tenant, gateway: Gateway) -> None:
@@ -323,6 +386,91 @@ def test_the_doctor_looks_at_gateways_hooks_and_keys(
     assert any(one.startswith("warning one session of a Baileys gateway, several channels") for one in found)
 
 
+def test_the_doctor_says_where_lines_of_a_log_could_not_be_told_to_be_of_a_session(
+    terminal: Terminal, tenant: Tenant
+) -> None:
+    def named() -> list[str]:
+        known = [one for one in doctor_baileys._channels()[0] if one.name.startswith(f"{tenant.slug}/")]
+        return [f"{one.level} {one.what}" for one in doctor_baileys._names_in_logs(known)]
+
+    terminal(*create(tenant, "by-id", gateway="whaticket", session="26"))
+    terminal(*create(tenant, "elsewhere", gateway="evolution", session="loja"))
+    terminal(*create(tenant, gateway="whaticket"))
+
+    (one,) = named()
+    assert one.startswith("note a session is called by its name")
+    assert one.endswith(f": {tenant.slug}/shop")
+    terminal("channel", "set", tenant.slug, "shop", "--config", '{"log_name": "26"}')
+    assert named() == []
+
+
+def test_the_doctor_says_where_the_log_of_repairs_cannot_be_written(
+    tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    def said(path: Path) -> list[str]:
+        environment.setenv("SESSION_LOG", str(path))
+        settings.cache_clear()
+        return [f"{one.level} {one.what}" for one in doctor_baileys._settings()]
+
+    file = tmp_path / "sessions.log"
+    assert said(file) == []
+    assert not file.exists()
+    file.touch()
+    assert said(file) == []
+    for path, wrong in (
+        (tmp_path / "nowhere" / "sessions.log", "its folder does not exist"),
+        (file / "sessions.log", "its folder does not exist"),
+        (tmp_path, "no file that this user may write"),
+    ):
+        (one,) = said(path)
+        assert one.startswith(f"warning SESSION_LOG, as seen from this host: {wrong}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_the_doctor_says_that_the_log_of_repairs_is_somebody_elses(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert doctor_baileys._unwritable(tmp_path / "sessions.log") == "its folder is none that this user may write"
+    tmp_path.chmod(0o000)
+    assert doctor_baileys._unwritable(tmp_path / "below" / "sessions.log") is not None
+    tmp_path.chmod(0o700)
+
+
+def test_the_doctor_does_not_wait_for_each_gateway_that_hangs(environment: pytest.MonkeyPatch) -> None:
+    with hanging() as (url, connected):
+        known = [
+            doctor_baileys.Known(f"t/c{n}", uuid4(), {"gateway": "whaticket", "session": "26"}, {}, f"{url}/g{n}")
+            for n in range(3 * doctor_baileys._AT_ONCE)
+        ]
+        for one in known:
+            one.config["host"] = one.host
+        environment.setattr(doctor_baileys, "_SECONDS", 0.5)
+
+        found = [(one.level, one.what) for one in doctor_baileys._asked(known)]
+
+        assert len(connected) <= doctor_baileys._AT_ONCE  # … and for the others there was no time left
+    assert [level for level, _ in found] == ["warning"] * doctor_baileys._AT_ONCE + ["note"]
+    assert all("no answer in time" in what for level, what in found if level == "warning")
+    assert found[-1][1].startswith(f"{2 * doctor_baileys._AT_ONCE} Baileys gateways were not asked")
+
+
+@contextlib.contextmanager
+def hanging() -> Iterator[tuple[str, list[socket.socket]]]:
+    """A server that never answers, and who has connected to it so far."""
+    connected: list[socket.socket] = []
+
+    def accept(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connected.append(listening.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, args=(listening,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", connected
+        listening.shutdown(socket.SHUT_RDWR)
+    for one in connected:
+        one.close()
+
+
 # ----------------------------------------------------------------------------------------------- what a channel takes
 
 
@@ -335,3 +483,57 @@ def test_what_a_channel_takes_is_what_its_dialect_has_calls_for() -> None:
         assert (takes.takes_links, takes.takes_captions) == (dialect.takes_links, dialect.takes_captions), name
         assert takes.is_gateway
     assert kinds.kind_of(ChannelKind.BAILEYS) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ its logs
+
+
+def test_a_scan_tells_for_which_sessions_a_repair_would_begin(
+    terminal: Terminal, tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """More than the threshold within a window, of those that did not arrive after all."""
+    log = logs.Gateway(7)
+    one, much, healed, spread = "26", "27", "28", "29"
+    lines = failing(log, one, 5) + failing(log, much, 6)
+    for n in range(6):
+        contact = log.contact()
+        event, failed = log.event(healed, contact, "ratchet")
+        lines += failed
+        if n == 0:
+            lines += log.event(healed, contact, "duplicate", event.id)[1]
+    for _ in range(6):
+        log.at += timedelta(minutes=5)
+        lines += failing(log, spread, 1)
+    file = tmp_path / "gateway.log"
+    file.write_text("".join(f"{text}\n" for line in lines for text in logs.as_json(line)))
+    scan = ("session", "scan", str(file), "--attribute", "whatsappId")
+
+    assert terminal.json(*scan)["over_threshold"] == [much]
+    said = terminal(*scan)
+    over = {words[0]: words[-1] for words in map(str.split, said.splitlines()) if words and words[0].isdecimal()}
+    assert over == {one: "no", much: "yes", healed: "no", spread: "no"}
+    assert "OVER 5" in said
+    assert "healed: at least" in said
+
+    environment.setenv("THRESHOLD_ERRORS", "6")
+    settings.cache_clear()
+    assert terminal.json(*scan)["over_threshold"] == []
+    assert terminal.json("session", "scan", str(file), "--channel", "shop")["over_threshold"] == ["shop"]
+
+
+def failing(log: logs.Gateway, session: str, times: int) -> list[Any]:
+    return [line for _ in range(times) for line in log.event(session, log.contact(), "ratchet")[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--tenant", "nope"), "--tenant: there is no tenant nope"),
+        (("--gateway", "not a host"), "--gateway: the host must be plain ASCII without blanks"),
+    ],
+)
+def test_a_follower_of_nobodys_sessions_is_refused(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], reason: str
+) -> None:
+    assert main(["session", "follow", "/no/such.log", *options]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"pombal: {reason}"

@@ -741,7 +741,7 @@ def test_a_scan_prints_no_contact_no_message_and_no_key(capsys: pytest.CaptureFi
             assert event.jid.partition("@")[0] not in said.out + said.err
         assert "Buffer" not in said.out
     report = json.loads(said.out)
-    assert set(report) == {"sessions", "unattributed", "ends", "lines"}
+    assert set(report) == {"sessions", "unattributed", "over_threshold", "ends", "lines"}
     assert report["lines"]["matched"] == report["lines"]["counted"] + sum(report["lines"]["not_counted"].values())
 
 

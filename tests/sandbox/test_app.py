@@ -273,7 +273,7 @@ def test_ended_runs_are_forgotten_one_day(there: Receiver, control: str) -> None
 def test_a_wrong_request_is_explained(
     there: Receiver, control: str, path: str, body: JSON, status: int, message: str
 ) -> None:
-    answer = httpx.post(control + path, json=body)
+    answer = httpx.post(control + path, json=body, timeout=60)
 
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
