@@ -255,7 +255,8 @@ def parser() -> argparse.ArgumentParser:
         help='JSON, or - for standard input: "messages_per_second" (80; megaapi 5, baileys 2), "on_unknown" '
         '("once_more" or "ask"), "settle_seconds" (60), "default" (true: for requests that name no channel); '
         'of megaapi and baileys "silent_after_hours" (24; 0: never); of megaapi "token_kind" ("instance" or "host"); '
-        'of baileys "paths", "observe_seconds" (120), "auth", "store_url", "send_key", and what a repair may do: '
+        'of baileys "paths", "observe_seconds" (120), "cool_down_seconds" (600), "auth", "store_url", '
+        '"send_key", "log_name", and what a repair may do: '
         '"may_refresh_contacts", "may_drop_keys", "may_restore_creds" (false); null puts one back',
     )
     connect = _add(

@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("retry", "whaticket", "retry", (), "healed"),
+    Case("retry", "whaticket", "retry", (), "none or healed"),  # sooner than they are counted, or while observed
     Case("prekey", "whaticket", "prekey", ("restart",), "repaired"),
     Case("prekey-log", "evolution", "prekey", ("restart",), "repaired", has_keys=False),  # known from its log alone
     Case("ratchet", "whaticket", "ratchet", ("contact_refresh",), "repaired", paths=REFRESH),
@@ -116,14 +116,16 @@ def session_of(sandbox: str, patient: Patient) -> dict[str, Any]:
     return session
 
 
-def storm(fleet: Fleet, sandbox: str, patient: Patient, case: Case) -> None:
+def storm(fleet: Fleet, sandbox: str, patient: Patient, case: Case) -> int:
+    """Let it break, as its class does; the storm's id."""
     session = str(session_of(sandbox, patient)["session"])
     if case.storm in ("version", "twin", "logged_out"):  # its connection is lost in the middle of a storm
         for n in range(8):
             from_ = f"55119444411{n:02}"
             client.baileys_say(sandbox, patient.gateway, session, from_=from_, stub="Invalid PreKey ID")
         until(lambda: incident(fleet, patient), "it has an incident", pause=0.1)
-    client.baileys_storm(sandbox, patient.gateway, session, case.storm)
+    plan = {"then_every": 0} if case.storm == "retry" else {}
+    return int(client.baileys_storm(sandbox, patient.gateway, session, case.storm, **plan)["id"])
 
 
 def test_each_class_is_healed_by_its_step_and_by_no_harder_one(fleet: Fleet, sandbox: str) -> None:
@@ -138,12 +140,19 @@ def test_each_class_is_healed_by_its_step_and_by_no_harder_one(fleet: Fleet, san
         )
         for case in CASES
     }
-    for case in CASES:
-        storm(fleet, sandbox, patients[case.name], case)
+    storms = {case.name: storm(fleet, sandbox, patients[case.name], case) for case in CASES}
 
     def open_ones() -> list[str]:
-        wanted = [case for case in CASES if case.ends != "none"]
-        return [case.name for case in wanted if ended(fleet, patients[case.name]) is None]
+        return [case.name for case in CASES if not is_over(case)]
+
+    def is_over(case: Case) -> bool:
+        patient = patients[case.name]
+        if case.ends == "none":
+            return True
+        if case.ends == "none or healed" and incident(fleet, patient) is None:
+            told = client.baileys_storm_progress(sandbox, storms[case.name])
+            return 0 < len(told["failed"]) <= len(told["healed"])
+        return ended(fleet, patient) is not None
 
     try:
         until(lambda: not open_ones(), "each incident has ended", 240, pause=0.5)
@@ -152,14 +161,15 @@ def test_each_class_is_healed_by_its_step_and_by_no_harder_one(fleet: Fleet, san
         raise AssertionError(f"still open: {left}") from None
 
     found = {name: (acts(incident(fleet, one)), ended(fleet, one) or "none") for name, one in patients.items()}
-    assert found == {case.name: (case.acts, case.ends) for case in CASES}
+    assert found.pop("retry") in [((), "none"), ((), "healed")]
+    assert found == {case.name: (case.acts, case.ends) for case in CASES if case.name != "retry"}
     touches = client.baileys_touches(sandbox)["touches"]
     assert [one for one in touches if one["kind"] == "touched_while_open"] == []
     touched = {one["gateway"] for one in touches if one["what"] != "added"}
     assert touched <= {"ratchet-files", "derived", "group"}
     for case in CASES:
         patient = patients[case.name]
-        if case.ends in ("healed", "repaired", "none"):
+        if case.ends != "waiting":
             assert session_of(sandbox, patient)["state"] == "open", case.name
             assert (patient.folder / "creds.json").stat().st_size > 0
 
