@@ -207,6 +207,8 @@ class Turn:
             return self._begun(Phase.STOPPING, self._why(), names=names)
         if self.step == Step.CONTACT_REFRESH:
             jids = [jid for jid in self.patient.affected() if not jid.endswith("@g.us")]
+            if not jids:  # of groups, or of another device of our own
+                return self._ended_with("skipped", "there is no contact to refresh")
             return self._begun(Phase.ACTING, self._why(), names=jids)
         return self._begun(Phase.ACTING if "restart" in gateway.abilities else Phase.STOPPING, self._why())
 
@@ -282,12 +284,11 @@ class Turn:
                     return self._refused(fault)
                 _log.warning("repair_restart_in_doubt", **self._names(), code=fault.code)
             return Next(self._in(Phase.STARTING), _LOOK_AGAIN)
-        jid, *rest = self.row["names"] or [""]
+        jid, *rest = self.row["names"]
         done = int(self.row["steps"][-1]["details"].get("refreshed", 0))
         try:
-            if jid:
-                await gateway.refresh_contact(jid)
-                done += 1
+            await gateway.refresh_contact(jid)
+            done += 1
         except InstanceFault as fault:
             if fault.is_transient or not (rest or done):
                 return self._refused(fault)

@@ -693,6 +693,17 @@ def test_a_contact_that_the_gateway_refuses_is_left_out(baileys: Baileys, tenant
     assert told["names"] is None
 
 
+def test_messages_of_our_own_other_device_refresh_nobody(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, paths=_REFRESH)
+    fail(channel, contacts=2, cause="ratchet")
+    with superuser() as connection:
+        connection.execute("UPDATE session_error SET participant = 'me' WHERE channel_id = %s", [channel.id])
+
+    walk(channel, step="restart", phase="watching")
+
+    assert done(baileys) == [("26", "stop"), ("26", "start")]
+
+
 def test_a_store_out_of_reach_is_left_out(baileys: Baileys, tenant: Tenant) -> None:
     auth = {"kind": "files", "folder": str(baileys.root / "nowhere")}
     channel = a_session(baileys, tenant, auth=auth, may_refresh_contacts=True, may_drop_keys=True)
