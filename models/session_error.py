@@ -33,6 +33,11 @@ class Tally(NamedTuple):
     causes: dict[str, int] = {}  # noqa: RUF012 - never changed
     since: datetime | None = None
 
+    def main_cause(self, *, named: bool = False) -> str | None:
+        """That of most of them, of those alone that name their message with `named`; None without any."""
+        causes = {cause: n for cause, n in self.causes.items() if not named or cause != WEAK}
+        return max(sorted(causes), key=lambda cause: causes[cause], default=None)
+
 
 class SessionError(Tenanted, Dated, Base):
     """`jid` is the chat's address without a device, `participant` who wrote in a group, `me` of another device of ours,

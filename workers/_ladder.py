@@ -80,12 +80,11 @@ class Choice(NamedTuple):
 def path(tally: Tally, most: int) -> tuple[tuple[Step, ...], str]:
     """The steps for what was seen, the first first, and the reason in words. A person is the last of each. `most`: as
     many errors at once are no incident."""
-    strong = {cause: n for cause, n in tally.causes.items() if cause != Cause.WEAK}
     if tally.strong <= most:
         return (Step.RESTART, Step.PERSON), "lines of a log that name no message, and too few that do"
     few = tally.contacts <= FEW
     spread = f"{tally.contacts} contact{'s' * (tally.contacts != 1)}"
-    main = max(sorted(strong), key=lambda cause: strong[cause])
+    main = tally.main_cause(named=True)
     if main == Cause.SENDER_KEY:
         return (Step.DROP_KEYS, Step.RESTART, Step.PERSON), f"group messages cannot be decrypted ({spread})"
     if main == Cause.OTHER:
@@ -101,8 +100,7 @@ def path(tally: Tally, most: int) -> tuple[tuple[Step, ...], str]:
 
 def is_of_groups(tally: Tally) -> bool:
     """Whether only sender keys of groups are to be dropped: where most of the errors are theirs."""
-    strong = {cause: n for cause, n in tally.causes.items() if cause != Cause.WEAK}
-    return max(sorted(strong), key=lambda cause: strong[cause], default=None) == Cause.SENDER_KEY
+    return tally.main_cause(named=True) == Cause.SENDER_KEY
 
 
 def choose(tally: Tally, most: int, tried: Collection[str], means: Means) -> Choice:

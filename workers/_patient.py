@@ -25,7 +25,7 @@ from workers._ladder import Means
 T = TypeVar("T")
 Row: TypeAlias = RowMapping | dict[str, Any]
 
-_LATELY = timedelta(minutes=30)
+LATELY = timedelta(minutes=30)  # when a connection ended that matters still
 _MEMORY = timedelta(days=365)  # of a gateway whose restart asked for a QR code
 _MOST_CONTACTS = 5  # that are refreshed at once
 _MOST_GROUPS = 50
@@ -115,12 +115,17 @@ class Patient:
 
     def hopeless(self, *, is_open: bool) -> str | None:
         """What a person is told when its connection ended lately for a reason that no repair cures."""
-        with db.session([self.tenant_id]) as s:
-            ends = SessionEnd.lately(s, self.tenant_id, self.channel_id, _LATELY)
-        return _ladder.hopeless(ends, is_open=is_open)
+        return hopeless(self.tenant_id, self.channel_id, is_open=is_open)
 
     def _secrets(self) -> dict[str, Any]:
         return unseal(self.channel_id, self.row["sealed"]) if self.row["sealed"] else {}
+
+
+def hopeless(tenant_id: UUID, channel_id: UUID, *, is_open: bool) -> str | None:
+    """What a person has to do about a session whose connection ended lately for a reason that no repair cures."""
+    with db.session([tenant_id]) as s:
+        ends = SessionEnd.lately(s, tenant_id, channel_id, LATELY)
+    return _ladder.hopeless(ends, is_open=is_open)
 
 
 def host_of(config: dict[str, Any]) -> str:

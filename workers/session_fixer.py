@@ -28,7 +28,7 @@ from pombal.errors import Permanent
 from pombal.middleware import bell_may_be_lost
 from pombal.settings import settings
 from workers import _ladder
-from workers._patient import host_of
+from workers._patient import LATELY, hopeless, host_of
 from workers._repair import Turn, keep_creds, note
 
 _log = log.get()
@@ -138,7 +138,7 @@ def inspect(tenant_id: UUID, channel_id: UUID) -> Tally:
             tenant_id,
             channel_id,
             host=host_of(channel.config),
-            cause=max(sorted(tally.causes), key=lambda cause: tally.causes[cause]),
+            cause=tally.main_cause() or "none",
             since=tally.since,
             evidence=evidence,
         )
@@ -160,7 +160,7 @@ def evidence_of(s: Session, tenant_id: UUID, channel_id: UUID, tally: Tally) -> 
         "contacts": tally.contacts,
         "groups": tally.groups,
         "causes": tally.causes,
-        "ends": {str(code): times for code, times in SessionEnd.lately(s, tenant_id, channel_id, _LATELY).items()},
+        "ends": {str(code): times for code, times in SessionEnd.lately(s, tenant_id, channel_id, LATELY).items()},
     }
 
 
@@ -221,10 +221,8 @@ def verdict_of(row: RowMapping, tally: Tally) -> str:
 
 
 def hopeless_of(row: RowMapping) -> str | None:
-    """What a person has to do about a session whose connection ended lately for a reason that no repair cures."""
-    with db.session([row["tenant_id"]]) as s:
-        ends = SessionEnd.lately(s, row["tenant_id"], row["id"], _LATELY)
-    return _ladder.hopeless(ends, is_open=row["status"] == "connected")
+    """What a person has to do about a session, by how its channel stands."""
+    return hopeless(row["tenant_id"], row["id"], is_open=row["status"] == "connected")
 
 
 def plan_of(s: Session, tenant_id: UUID, channel_id: UUID) -> tuple[Tally, Step, str]:
@@ -233,8 +231,6 @@ def plan_of(s: Session, tenant_id: UUID, channel_id: UUID) -> tuple[Tally, Step,
     steps, why = _ladder.path(tally, settings().threshold_errors)
     return tally, steps[0], why
 
-
-_LATELY = timedelta(minutes=30)
 
 _IS_DUE = text("""
     SELECT coalesce(bool_or(done_at <= now() - CAST(:every AS interval) + interval '5 seconds'), true)

@@ -214,11 +214,11 @@ def _line(row: dict[str, Any]) -> dict[str, object]:
 def _paused() -> str:
     mode = settings().session_fixer
     with db.session() as s:
-        scopes = set(s.scalars(select(RepairPause.scope)))
+        pauses = RepairPause.counts(s)
     parts = [] if mode == "repair" else [f"POMBAL_SESSION_FIXER is {mode}"]
-    parts += ["all repairs are paused"] if ALL in scopes else []
-    others = len(scopes - {ALL})
-    return "; ".join(parts + ([f"{others} channels are paused"] if others else []))
+    parts += ["all repairs are paused"] if pauses["all"] else []
+    parts += [f"{pauses['channel']} channels are paused"] if pauses["channel"] else []
+    return "; ".join(parts)
 
 
 def _is_paused(row: RowMapping, *, says: bool = False) -> bool:
@@ -259,13 +259,12 @@ def _opened(row: RowMapping, wanted: Step | None) -> UUID:
         since = tally.since or s.execute(text("SELECT now()")).scalar_one()
         former = s.scalar(_SINCE, {"tenant_id": row["tenant_id"], "channel_id": row["id"]})
         Repair.cancel(s, row["tenant_id"], row["id"])
-        causes = tally.causes or {"none": 0}
         id_ = Repair.open(
             s,
             row["tenant_id"],
             row["id"],
             host=host_of(row["config"]),
-            cause=max(sorted(causes), key=lambda cause: causes[cause]),
+            cause=tally.main_cause() or "none",
             since=min(since, former) if former else since,
             evidence=evidence_of(s, row["tenant_id"], row["id"], tally),
             wanted_step=wanted,
