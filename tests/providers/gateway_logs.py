@@ -46,7 +46,8 @@ class Gateway:
     ) -> None:
         self.dice = random.Random(seed)  # noqa: S311 - a test's dice
         self.is_old, self.field = is_old, field
-        self.at = at or datetime(2026, 3, 1, 10, 0, tzinfo=UTC) + timedelta(seconds=self.dice.randrange(10**6))
+        at = at or datetime(2026, 3, 1, 10, 0, tzinfo=UTC) + timedelta(seconds=self.dice.randrange(10**6))
+        self.at = at.replace(microsecond=at.microsecond // 1000 * 1000)  # loggers write whole milliseconds
 
     def id(self) -> str:
         return f"{self.dice.getrandbits(128):032X}"
@@ -63,9 +64,7 @@ class Gateway:
         """What is true, and its lines: text of the console, or the fields of a record."""
         self.at += timedelta(milliseconds=self.dice.randrange(20, 20_000))
         jid, address = contact
-        event = Event(
-            session, jid, id_ or self.id(), cause, self.at.replace(microsecond=self.at.microsecond // 1000 * 1000)
-        )
+        event = Event(session, jid, id_ or self.id(), cause, self.at)
         lines: list[Any] = []
         if cause in DIRECT:
             type_, text, stanza = DIRECT[cause]
@@ -115,7 +114,7 @@ class Gateway:
         ]
 
     def record(self, session: str, fields: dict[str, Any], msg: str, level: int = 50) -> dict[str, Any]:
-        at: Any = int(self.at.timestamp() * 1000 + 0.5)
+        at: Any = round(self.at.timestamp() * 1000)
         if self.is_old:
             at = self.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         named = {self.field: int(session) if session.isdecimal() else session} if self.field else {}
