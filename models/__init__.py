@@ -19,6 +19,7 @@ from models.message import Message, MessageStatus, StatusReport
 from models.repair import Repair, RepairOutcome, RepairPause, RepairState
 from models.session import SessionState, SessionWish, WaSession
 from models.session_error import SessionEnd, SessionError, SessionLook
+from models.sip_registration import RegisterStatus, SipRegistration
 from models.sync_report import ReportState, SyncReport
 from models.template import Template
 from models.tenant import Tenant
@@ -50,6 +51,7 @@ __all__ = [
     "Message",
     "MessageStatus",
     "Outcome",
+    "RegisterStatus",
     "Repair",
     "RepairOutcome",
     "RepairPause",
@@ -63,6 +65,7 @@ __all__ = [
     "SessionLook",
     "SessionState",
     "SessionWish",
+    "SipRegistration",
     "StatusReport",
     "SyncReport",
     "Template",

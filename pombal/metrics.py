@@ -87,6 +87,32 @@ fixer_mode = Gauge(
 repairs = Counter(
     "pombal_repairs_total", "Steps of repairs, and what came of each.", ["step", "outcome"], registry=REGISTRY
 )
+sip_attempts = Counter(
+    "pombal_sip_attempts_total",
+    "Attempts to register or un-register, by what they came to.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+sip_attempt_seconds = Histogram(
+    "pombal_sip_attempt_seconds",
+    "Time from an attempt's start to its last answer.",
+    ["outcome"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+sip_lateness = Histogram(
+    "pombal_sip_lateness_seconds",
+    "Time from when a registration fell due to the start of its attempt.",
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+sip_dropped = Counter(
+    "pombal_sip_dropped_total", "What came on SIP sockets and was no answer to us.", ["class"], registry=REGISTRY
+)
+sip_lapses = Counter("pombal_sip_lapses_total", "Registrations that expired without a refresh.", registry=REGISTRY)
+sip_reports = Counter(
+    "pombal_sip_reports_total", "Reports of registrations to the backend.", ["outcome"], registry=REGISTRY
+)
 messages = Counter(
     "pombal_messages_total", "Messages stored or reported on.", ["direction", "provider", "outcome"], registry=REGISTRY
 )

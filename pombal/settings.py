@@ -10,7 +10,7 @@ import os
 import re
 from datetime import timedelta
 from functools import cache
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -59,6 +59,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     error_window: str = "300s"
     check_interval: str = "10m"
     session_log: str = ""
+    drachtio_host: str = ""
+    drachtio_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 9022
+    drachtio_secret: str = ""
+    sip_backend_url: str = ""
+    sip_backend_key: str = ""
+    sip_contact: str = ""
+    sip_allowed_networks: str = ""
+    sip_nameserver: str = ""
+    sip_starts_per_second: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 30
+    api_key: str = ""
 
     def __repr__(self) -> str:
         return f"Settings(mode={self.mode!r})"
@@ -117,10 +127,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def require_media_networks(self) -> list[IPv4Network | IPv6Network]:
         """Networks that links may lead to although they are not public; none by default. Raises `Misconfigured`."""
+        return _networks("MEDIA_ALLOWED_NETWORKS", self.media_allowed_networks)
+
+    def require_sip_networks(self) -> list[IPv4Network | IPv6Network]:
+        """Networks in which registrars may be although they are not public; none by default. Raises `Misconfigured`."""
+        return _networks("SIP_ALLOWED_NETWORKS", self.sip_allowed_networks)
+
+    def require_sip_nameserver(self) -> tuple[str, int] | None:
+        """The DNS server to ask about registrars; None for the system's. Raises `Misconfigured`."""
+        if not self.sip_nameserver:
+            return None
+        host, _, port = self.sip_nameserver.rpartition(":") if ":" in self.sip_nameserver else ("", "", "")
         try:
-            return [ip_network(one.strip()) for one in self.media_allowed_networks.split(",") if one.strip()]
+            return str(ip_address((host or self.sip_nameserver).strip("[]"))), int(port or 53)
         except ValueError:
-            raise Misconfigured("MEDIA_ALLOWED_NETWORKS must be networks such as 10.0.0.0/8, with commas") from None
+            raise Misconfigured("SIP_NAMESERVER must be an address such as 192.0.2.53 or 192.0.2.53:53") from None
+
+    def require_sip_backend(self) -> tuple[str, str] | None:
+        """Address and key of the backend that is told of registrations; None unless both are set. Raises
+        `Misconfigured`."""
+        if not self.sip_backend_url or not self.sip_backend_key:
+            return None
+        if not _is_address(self.sip_backend_url, "https", "http"):
+            raise Misconfigured("SIP_BACKEND_URL is not an http(s) address")
+        return self.sip_backend_url.rstrip("/"), self.sip_backend_key
 
 
 # Variables that do not carry their field's name.
@@ -179,11 +209,14 @@ def check_secrets(given: Settings) -> list[str]:
             ("WHATSAPP_APP_SECRET", given.whatsapp_app_secret),
             ("METRICS_TOKEN", given.metrics_token),
             ("CRON_SECRET", given.cron_secret),
+            ("API_KEY", given.api_key),
         ):
             if value and len(value) < _SHORTEST_SECRET:
                 wrong.append(f"{name} is shorter than {_SHORTEST_SECRET} characters")
             elif value and len(set(value)) < _FEWEST_SIGNS:
                 wrong.append(f"{name} is not random")
+    if given.drachtio_host and given.drachtio_secret in ("", "cymru"):
+        wrong.append("DRACHTIO_SECRET is not set, or is the one of drachtio's sample configuration, which all know")
     return wrong
 
 
@@ -227,6 +260,13 @@ def _length(name: str, given: str) -> timedelta:
     if length is None or not timedelta(seconds=1) <= length <= timedelta(days=1):
         raise Misconfigured(f"{name} must be seconds, or a length such as 300s or 10m, of at most a day")
     return length
+
+
+def _networks(name: str, given: str) -> list[IPv4Network | IPv6Network]:
+    try:
+        return [ip_network(one.strip()) for one in given.split(",") if one.strip()]
+    except ValueError:
+        raise Misconfigured(f"{name} must be networks such as 10.0.0.0/8, with commas") from None
 
 
 def _is_address(url: str, *schemes: str) -> bool:
