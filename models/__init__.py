@@ -19,7 +19,7 @@ from models.message import Message, MessageStatus, StatusReport
 from models.repair import Repair, RepairOutcome, RepairPause, RepairState
 from models.session import SessionState, SessionWish, WaSession
 from models.session_error import SessionEnd, SessionError, SessionLook
-from models.sip_registration import RegisterStatus, SipRegistration
+from models.sip_registration import RegisterStatus, SipRegistration, SipSender
 from models.sync_report import ReportState, SyncReport
 from models.template import Template
 from models.tenant import Tenant
@@ -66,6 +66,7 @@ __all__ = [
     "SessionState",
     "SessionWish",
     "SipRegistration",
+    "SipSender",
     "StatusReport",
     "SyncReport",
     "Template",

@@ -34,7 +34,7 @@ class RegisterStatus(StrEnum):
     FAILED = "failed"
 
 
-class Sender(StrEnum):
+class SipSender(StrEnum):
     """Who sends an account's REGISTER."""
 
     AUTO = "auto"  # drachtio where one is configured, else direct
@@ -80,7 +80,7 @@ class SipRegistration(Tenanted, Dated, Base):
     auth_username: Mapped[str | None]  # where it differs from the user of the address of record
     sealed: Mapped[bytes]  # {"password"}
     interval: Mapped[int] = mapped_column(server_default=text("300"))  # seconds that are asked for, always
-    sender: Mapped[str] = mapped_column(server_default=Sender.AUTO)
+    sender: Mapped[str] = mapped_column(server_default=SipSender.AUTO)
     contact_host: Mapped[str | None]  # `host[:port]` that calls come to, of a direct sender; None: SIP_CONTACT
     contact_token: Mapped[str]  # the user of its Contact: an inbound INVITE names its account by it
     target: Mapped[str | None]  # where its calls go: a LiveKit SIP URI
@@ -104,6 +104,7 @@ class SipRegistration(Tenanted, Dated, Base):
     last_status_code: Mapped[int | None]
     failures: Mapped[int] = mapped_column(server_default=text("0"))  # in a row
     server: Mapped[str | None]  # who answered last
+    contact: Mapped[str | None]  # what is bound: calls come there, and it is un-registered by it
     algorithm: Mapped[str | None]  # of the digest that was accepted last: nothing weaker is answered
     call_id: Mapped[str]
     from_tag: Mapped[str]
@@ -197,7 +198,7 @@ class SipRegistration(Tenanted, Dated, Base):
         now = func.clock_timestamp()
         is_registered = status == RegisterStatus.REGISTERED
         new: dict[str, Any] = {
-            "sender": Sender.EXTERNAL,
+            "sender": SipSender.EXTERNAL,
             "register_status": status,
             "register_error": error,
             "expires_at": expires_at if is_registered else None,
@@ -234,13 +235,14 @@ class SipRegistration(Tenanted, Dated, Base):
     # ------------------------------------------------------------------------------------------------ registering
 
     @staticmethod
-    def due(s: Session) -> dict[str, int]:
+    def due(s: Session, *, without: Iterable[SipSender] = ()) -> dict[str, int]:
         """How many accounts are due and nobody's, per host that they are sent to."""
-        return {place: count for place, count in s.execute(_DUE)}
+        found = s.execute(_DUE, {"without": list(without)})
+        return {place: count for place, count in found}
 
     @staticmethod
     def claim(
-        s: Session, token: UUID, budget: Mapping[str, int], *, without: Iterable[Sender] = ()
+        s: Session, token: UUID, budget: Mapping[str, int], *, without: Iterable[SipSender] = ()
     ) -> Sequence[RowMapping]:
         """Take due accounts of these hosts, at most so many of each, those that somebody waits for first. Each has its
         own block of CSeq: `cseq - CSEQS + 1` to `cseq`; `late` is the seconds since it fell due, `is_bound` whether a
@@ -265,8 +267,8 @@ class SipRegistration(Tenanted, Dated, Base):
     def settle(s: Session, given: list[dict[str, Any]]) -> Sequence[RowMapping]:
         """Write down what came of attempts, each under its claim (`tenant_id`, `id`, `cseq`, `revision`): `outcome`,
         `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next` (seconds from
-        now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`, `call_id` (a new one),
-        `entry` (of the history), `is_over` (nothing is bound and nothing wanted), `is_reported`.
+        now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`, `contact`,
+        `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing wanted), `is_reported`.
 
         Returns the rows that were written, with `was`, the status that held before; the others' claims were lost. Rows
         that were to be removed and are over are gone.
@@ -283,9 +285,9 @@ class SipRegistration(Tenanted, Dated, Base):
         return _count(s.execute(_HOLD_BACK, {"error": error}))
 
     @staticmethod
-    def lapse(s: Session) -> Sequence[RowMapping]:
+    def lapse(s: Session, *, is_reported: bool) -> Sequence[RowMapping]:
         """Write down that grants ran out without a refresh; returns the rows, as `settle` does."""
-        return s.execute(_LAPSE).mappings().all()
+        return s.execute(_LAPSE, {"is_reported": is_reported}).mappings().all()
 
     @staticmethod
     def is_waited_for(s: Session) -> bool:
@@ -345,12 +347,14 @@ _SHOWN = (
     "tenant_id, id, name, host, port, transport, proxy, username, auth_username, interval, sender, contact_host, "
     "contact_token, target, allows_md5, external_id, is_enabled, removed_at, revision, register_status, "
     "register_error, last_register_at, next_refresh_at, expires_at, granted, registered_since, unregistered_since, "
-    "last_attempt_at, last_outcome, last_status_code, failures, server, algorithm, call_id, from_tag, cseq, history, "
-    "asked_at, claimed_until, report_at, report_error, reported_at, updated_at, created_at"
+    "last_attempt_at, last_outcome, last_status_code, failures, server, contact, algorithm, call_id, from_tag, cseq, "
+    "history, asked_at, claimed_until, report_at, report_error, reported_at, updated_at, created_at"
 )
 
 _LISTING = text(f"""
-    SELECT {_SHOWN}, {STATUS_NOW} AS status, clock_timestamp() AS now FROM sip_registration
+    SELECT {_SHOWN}, {STATUS_NOW} AS status, clock_timestamp() AS now,
+        extract(epoch FROM expires_at - clock_timestamp())::float AS bound_seconds
+    FROM sip_registration
     WHERE removed_at IS NULL AND (CAST(:tenant_id AS uuid) IS NULL OR tenant_id = :tenant_id)
         AND (CAST(:id AS uuid) IS NULL OR id = :id) AND (CAST(:name AS text) IS NULL OR name = :name)
     ORDER BY tenant_id, name
@@ -362,7 +366,10 @@ _BY_CONTACT = text(f"""
     WHERE r.contact_token = :contact_token AND r.removed_at IS NULL
 """)
 
-_DUE = text(f"SELECT {_PLACE} AS place, count(*) AS count FROM sip_registration WHERE {_NOBODYS} GROUP BY 1")
+_DUE = text(f"""
+    SELECT {_PLACE} AS place, count(*) AS count FROM sip_registration
+    WHERE {_NOBODYS} AND NOT sender = ANY (CAST(:without AS text[])) GROUP BY 1
+""")
 
 _CLAIM = text(f"""
     WITH due AS MATERIALIZED (
@@ -412,6 +419,7 @@ _SETTLED = rows(
     fails="integer",
     algorithm="text",
     server="text",
+    contact="text",
     call_id="text",
     entry="jsonb",
     is_over="boolean",
@@ -448,6 +456,7 @@ _SETTLE = text(f"""
         last_status_code = given.code,
         failures = coalesce(r.failures + given.fails, 0),
         server = coalesce(given.server, r.server),
+        contact = CASE WHEN is_bound THEN given.contact WHEN given.is_over THEN NULL ELSE r.contact END,
         algorithm = coalesce(given.algorithm, r.algorithm),
         call_id = coalesce(given.call_id, r.call_id),
         history = (
@@ -479,7 +488,7 @@ _LAPSE = text(f"""
             WHEN sender = 'external' THEN 'its controller told of no refresh before it expired'
             ELSE 'expired without a refresh' END),
         registered_since = NULL, unregistered_since = expires_at, updated_at = clock_timestamp(),
-        {_NEXT_REPORT.format("true")}
+        {_NEXT_REPORT.format(":is_reported")}
     WHERE register_status = 'registered' AND expires_at <= clock_timestamp()
     RETURNING tenant_id, id, name, removed_at, register_status AS status, 'registered' AS was, register_error,
         next_refresh_at, expires_at, last_outcome

@@ -29,6 +29,7 @@ from workers.download_media import ring_media
 from workers.incoming_message import ring_waiting
 from workers.outgoing_message import ring_lanes
 from workers.session_fixer import ring_repairs
+from workers.sip_refresh import ring_registrations
 from workers.status_sync import ring_reports
 
 _log = log.get()
@@ -97,14 +98,15 @@ class Clock:
                 rung, lanes = ring_waiting(at_once=at_once), ring_lanes(at_once=at_once)
                 files = ring_media(at_once=at_once)
                 sessions, reports = ring_sessions(at_once=at_once), ring_reports(at_once=at_once)
-                repairs = ring_repairs(at_once=at_once)
+                repairs, accounts = ring_repairs(at_once=at_once), ring_registrations()
                 self._sight.saw()
                 with db.session() as s:
                     Lease.finished(s, "sweep", self._token)
                     next_due = Lane.seconds_until_due(s)
-                if rung or lanes or files or sessions or reports or repairs:
-                    counts = {"deliveries": rung, "lanes": lanes, "files": files}
-                    _log.info("sweep_rang", **counts, sessions=sessions, reports=reports, repairs=repairs)
+                counts = {"deliveries": rung, "lanes": lanes, "files": files, "sessions": sessions}
+                counts |= {"reports": reports, "repairs": repairs, "accounts": accounts}
+                if any(counts.values()):
+                    _log.info("sweep_rang", **counts)
                 if next_due is not None:  # scheduled messages leave on time
                     pause = min(pause, max(next_due, _SHORTEST_PAUSE))
             self._stop.wait(pause)

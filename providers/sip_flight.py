@@ -33,6 +33,7 @@ class Reply(NamedTuple):
     response: Response
     server: str  # who answered: `udp/192.0.2.1:5060`
     sent_at: float  # when the request was first sent to it, `time.monotonic()`
+    local: str = "localhost"  # what a Contact that says `localhost` was sent with, or that itself if nobody can tell
 
 
 class Flight(Protocol):

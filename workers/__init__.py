@@ -6,6 +6,7 @@ from workers.download_media import download_media
 from workers.incoming_message import incoming_message
 from workers.outgoing_message import outgoing_message
 from workers.session_fixer import session_fixer
+from workers.sip_refresh import sip_refresh
 from workers.status_sync import status_sync
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "incoming_message",
     "outgoing_message",
     "session_fixer",
+    "sip_refresh",
     "status_sync",
 ]

@@ -58,6 +58,7 @@ def upgrade() -> None:
         sa.Column("last_status_code", sa.Integer(), nullable=True),
         sa.Column("failures", sa.Integer(), server_default=ZERO, nullable=False),
         sa.Column("server", sa.Text(), nullable=True),
+        sa.Column("contact", sa.Text(), nullable=True),
         sa.Column("algorithm", sa.Text(), nullable=True),
         sa.Column("call_id", sa.Text(), nullable=False),
         sa.Column("from_tag", sa.Text(), nullable=False),

@@ -38,6 +38,10 @@ def worker(given: Namespace) -> int:
         settings().require_graph()
         settings().require_media()
         settings().require_media_networks()
+    if "sip_refresh" in given.queues:
+        settings().require_sip_networks()
+        settings().require_sip_nameserver()
+        settings().require_sip_backend()
     _ready("worker_started")
     # Not the broker: its process id is per worker process, so it must be made after the fork.
     from dramatiq import cli

@@ -1,0 +1,442 @@
+"""Keeps accounts registered: claims what is due, makes the attempts beside each other, writes down what came of them.
+
+An attempt that nobody answers takes half a minute, and a provider that hangs may have a thousand accounts. So they do
+not hold a thread each: they share one event loop, which goes on for as long as its process does. It looks for what is
+due by itself, each second, so that accounts stay registered also while Redis is away.
+
+No two attempts of an account are ever under way. A claim runs out by the database's clock, so that of a process that
+died another goes on; it is renewed while the process lives, and whoever could not renew it sends nothing any more (the
+fence). No queue: the underscore.
+"""
+
+import asyncio
+import random
+import resource
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import RowMapping
+
+from models import Event, RegisterStatus, SipRegistration, SipSender
+from models.sip_registration import CLAIM, entry
+from pombal import db, log, metrics
+from pombal.errors import PombalError
+from pombal.middleware import is_store_trouble
+from pombal.settings import settings
+from providers import sip
+from providers.drachtio import Drachtio
+from providers.sip import Kind, Outcome
+from providers.sip_backend import SipBackend
+from providers.sip_flight import NotSent
+from workers import _sip_attempt, _sip_reports
+from workers._sip_attempt import Result
+
+_log = log.get()
+
+_LOOK = 1.0  # seconds between two looks for what is due
+_LOOK_AGAIN = 0.25  # … while more is due than may be begun
+_RENEW = 3.0
+_SAFE = CLAIM.total_seconds() - 2.0  # seconds after which a claim is no longer relied upon: clocks do not run alike
+_MOST_AT_ONCE = 2_000  # attempts under way
+_MOST_OF_A_PLACE = 200  # … to one host
+_MOST_WRITTEN = 200  # in one transaction
+_STOPPING = 5.0  # seconds that attempts under way have to end
+_AWAY = 5.0  # seconds between two looks whether drachtio is back
+_FILES = 8_192  # sockets, at most
+
+
+class LostClaim(PombalError):
+    """Somebody else may be working on this account by now."""
+
+
+class Held:
+    """An account that is being worked on, and until when that is certain."""
+
+    def __init__(self, row: RowMapping, until: float) -> None:
+        self.row = row
+        self.key: tuple[UUID, UUID, int] = (row["tenant_id"], row["id"], row["cseq"])
+        self.place: str = row["proxy"] or row["host"]
+        self.until = until
+
+    def fence(self) -> None:
+        """Raises `LostClaim` once the claim may have run out."""
+        if time.monotonic() >= self.until:
+            raise LostClaim("the claim could not be renewed in time")
+
+
+class Registrar:
+    """For one event loop."""
+
+    def __init__(self) -> None:
+        self._token = uuid4()
+        self._dice = random.SystemRandom()
+        self._held: dict[UUID, Held] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._done: asyncio.Queue[tuple[Held, Result]] = asyncio.Queue()
+        self._buckets: dict[str, Bucket] = {}
+        self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._drachtio = _drachtio()
+        self._is_away = False
+        self._broken: BaseException | None = None
+
+    def wake(self) -> None:
+        """Something may be due: look now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Begin nothing any more; `run` returns soon."""
+        self._stopping.set()
+        self._wake.set()
+
+    async def run(self, *, once: bool = False) -> None:
+        """Until `stop`; `once`: until nothing is due and nothing under way."""
+        _allow_sockets()
+        parts = (self._write, self._keep_claims, self._tell, self._look_for_drachtio)
+        aside = [asyncio.create_task(part()) for part in parts]
+        for task in aside:
+            task.add_done_callback(self._part_ended)
+        try:
+            await self._look_for_due(once=once)
+            await self._wind_up()
+            if self._broken is not None:
+                raise self._broken
+        finally:
+            for task in aside:
+                task.cancel()
+            await asyncio.gather(*aside, return_exceptions=True)
+            if self._drachtio is not None:
+                await self._drachtio.close()
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        """None of them ends by itself: without it the others would only seem to work."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken = error
+            self.stop()
+
+    async def _wind_up(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOPPING)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOPPING):
+                await self._done.join()
+        if given_up := [held.key for held in self._held.values()]:
+            await _patiently(_in_a_transaction, SipRegistration.release, self._token, given_up)
+
+    # ------------------------------------------------------------------------------------------- what is due
+
+    async def _look_for_due(self, *, once: bool) -> None:
+        while not self._stopping.is_set():
+            self._wake.clear()
+            left = 0
+            try:
+                left = await self._begin_what_is_due()
+            except Exception as error:
+                if not is_store_trouble(error):
+                    raise
+                _log.warning("registrations_wait_for_a_store", error=log.described(error))
+            if once and not left and not self._held:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN if left or once else _LOOK):
+                    await self._wake.wait()
+
+    async def _begin_what_is_due(self) -> int:
+        """Claim what may be begun now, and begin it; returns how many had to be left."""
+        without = (SipSender.AUTO, SipSender.DRACHTIO) if self._is_away else ()
+        now = time.monotonic()
+        rows, left = await asyncio.to_thread(self._claim, without, Counter(held.place for held in self._held.values()))
+        for row in rows:
+            held = Held(row, now + _SAFE)
+            self._held[row["id"]] = held
+            if row["asked_at"] is None:
+                metrics.sip_lateness.observe(max(0.0, row["late"]))
+            task = asyncio.create_task(self._attempt(held))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return left
+
+    def _claim(self, without: Iterable[SipSender], busy: Counter[str]) -> tuple[list[RowMapping], int]:
+        with db.session() as s:
+            db.see_all(s)
+            due = SipRegistration.due(s, without=without)
+            if not due:
+                return [], 0
+            db.by_key(s)
+            budget = self._budget(due, busy)
+            rows = list(SipRegistration.claim(s, self._token, budget, without=without)) if budget else []
+        for row in rows:
+            self._buckets[row["proxy"] or row["host"]].take()
+        return rows, sum(due.values()) - len(rows)
+
+    def _budget(self, due: dict[str, int], busy: Counter[str]) -> dict[str, int]:
+        """How many of each host may begin: not all at once after a start or an outage, and none keeps others out."""
+        budget: dict[str, int] = {}
+        room = _MOST_AT_ONCE - busy.total()
+        self._buckets = {place: bucket for place, bucket in self._buckets.items() if place in due or not bucket.is_full}
+        for place, count in due.items():
+            bucket = self._buckets.setdefault(place, Bucket(settings().sip_starts_per_second))
+            n = min(count, bucket.has, _MOST_OF_A_PLACE - busy[place], room)
+            if n > 0:
+                budget[place] = n
+                room -= n
+        return budget
+
+    # ---------------------------------------------------------------------------------------------- attempts
+
+    async def _attempt(self, held: Held) -> None:
+        row = held.row
+        names = _names(row)
+        try:
+            if not row["is_enabled"] and not row["was_tried"]:
+                result = Result.without_an_attempt(Outcome(Kind.UNREGISTERED), was_unregister=True)
+            else:
+                result = await _sip_attempt.attempt(row, self._drachtio, held.fence)
+        except LostClaim:
+            _log.warning("sip_claim_lost", **names)
+            self._held.pop(row["id"], None)
+            return
+        except Exception as error:
+            # A mistake of ours: it must neither end the others nor be tried again without a pause.
+            _log.error("sip_attempt_broke", **names, traceback=log.redacted(error))
+            result = Result.without_an_attempt(Outcome(Kind.TEMPORARY, error="internal error; see the log"))
+        if result.outcome.kind is Kind.OURS and self._drachtio is not None and (why := self._drachtio.away):
+            await self._hold_back(why)
+        await self._done.put((held, result))
+
+    # ------------------------------------------------------------------------------------------- what came of them
+
+    async def _write(self) -> None:
+        """As many as are there, in one transaction."""
+        while True:
+            batch = [await self._done.get()]
+            while len(batch) < _MOST_WRITTEN and not self._done.empty():
+                batch.append(self._done.get_nowait())
+            if not await _patiently(self._settle, batch):
+                for one in batch if len(batch) > 1 else ():  # one of them has something that cannot be written
+                    await _patiently(self._settle, [one])
+            for held, _ in batch:
+                self._held.pop(held.row["id"], None)
+                self._done.task_done()
+            if not self._held:
+                self._wake.set()
+
+    def _settle(self, batch: list[tuple[Held, Result]]) -> None:
+        given = [self._verdict(held.row, result) for held, result in batch]
+        with db.session() as s:
+            db.see_all(s)
+            db.by_key(s)
+            written = SipRegistration.settle(s, given)
+            Event.append(s, changes(written))
+        ids = {row["id"] for row in written}
+        for held, result in batch:
+            metrics.sip_attempts.labels(outcome=result.outcome.kind).inc()
+            metrics.sip_attempt_seconds.labels(outcome=result.outcome.kind).observe(result.ended - result.began)
+            if held.row["id"] not in ids:
+                _log.warning("sip_claim_lost", **_names(held.row))
+        results = {held.row["id"]: result for held, result in batch}
+        for row in written:
+            _say(row, results[row["id"]].outcome)
+
+    def _verdict(self, row: RowMapping, result: Result) -> dict[str, Any]:
+        """What `SipRegistration.settle` takes."""
+        outcome, now = result.outcome, time.monotonic()
+        bound = None if row["bound_seconds"] is None else row["bound_seconds"] - (now - result.began)
+        is_bound = bound is not None and bound > 0
+        next_: float | None
+        if outcome.kind is Kind.REGISTERED and outcome.granted is not None:
+            next_ = sip.refresh_after(outcome.granted, self._dice) - (now - result.sent)
+        elif outcome.kind is Kind.UNREGISTERED or (result.was_unregister and not is_bound):
+            next_ = None
+        else:
+            next_ = sip.retry_after(outcome, row["failures"] + 1, self._dice, bound_seconds=bound if is_bound else None)
+            if result.was_unregister and bound is not None:  # it ends by itself then
+                next_ = min(next_, bound + 1.0)
+        has_failed = outcome.kind in (Kind.PERMANENT, Kind.TEMPORARY)
+        told = entry(
+            result.began_at, outcome.kind, outcome.code, outcome.error, result.ended - result.began, result.server
+        )
+        return {
+            **{name: row[name] for name in ("tenant_id", "id", "cseq", "revision")},
+            "outcome": outcome.kind,
+            "code": outcome.code,
+            "error": outcome.error,
+            "granted": outcome.granted,
+            "ago": now - result.sent,
+            "next": next_,
+            "fails": 1 if has_failed else 0 if outcome.kind is Kind.OURS else None,
+            "algorithm": outcome.algorithm,
+            "server": result.server,
+            "contact": result.contact,
+            "call_id": secrets.token_hex(16) if outcome.wants_new_call_id else None,
+            "entry": told,
+            "is_over": result.was_unregister and next_ is None,
+            "is_reported": settings().require_sip_backend() is not None,
+        }
+
+    # ------------------------------------------------------------------------------------------------------ aside
+
+    async def _keep_claims(self) -> None:
+        """Renew them for as long as they are needed: also while what came of an attempt waits for the database."""
+        while True:
+            await asyncio.sleep(_RENEW)
+            held = list(self._held.values())
+            if not held:
+                continue
+            now = time.monotonic()
+            try:
+                ours = await asyncio.to_thread(self._renew, [one.key for one in held])
+            except Exception as error:
+                if not is_store_trouble(error):
+                    raise
+                _log.warning("registrations_wait_for_a_store", error=log.described(error))
+                continue
+            for one in held:
+                if one.key[1] in ours:
+                    one.until = now + _SAFE
+
+    def _renew(self, keys: list[tuple[UUID, UUID, int]]) -> set[UUID]:
+        with db.session() as s:
+            db.see_all(s)
+            db.by_key(s)
+            return SipRegistration.renew(s, self._token, keys)
+
+    async def _tell(self) -> None:
+        """Tell the backend, if there is one, how accounts stand."""
+        if (backend := settings().require_sip_backend()) is None:
+            return
+        async with SipBackend(*backend) as told:
+            while True:
+                try:
+                    more = await _sip_reports.tell(told)
+                except Exception as error:
+                    if not is_store_trouble(error):
+                        raise
+                    _log.warning("registrations_wait_for_a_store", error=log.described(error))
+                    more = False
+                await asyncio.sleep(0.05 if more else _LOOK)
+
+    async def _hold_back(self, why: str) -> None:
+        """drachtio is away, which is nobody's fault: its accounts wait, and say so."""
+        if not self._is_away:
+            self._is_away = True
+            _log.error("drachtio_away", error=why)
+        await _patiently(_in_a_transaction, SipRegistration.hold_back, why)
+
+    async def _look_for_drachtio(self) -> None:
+        while self._drachtio is not None:
+            await asyncio.sleep(_AWAY)
+            if not self._is_away:
+                continue
+            try:
+                await self._drachtio.hello()
+            except NotSent as trouble:
+                await self._hold_back(trouble.text)
+            else:
+                self._is_away = False
+                _log.info("drachtio_back")
+                self._wake.set()
+
+
+class Bucket:
+    """So many a second, and at most a second's worth at once."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._tokens = float(rate)
+        self._at = time.monotonic()
+
+    @property
+    def has(self) -> int:
+        now = time.monotonic()
+        self._tokens = min(self._tokens + (now - self._at) * self._rate, self._rate)
+        self._at = now
+        return int(self._tokens)
+
+    @property
+    def is_full(self) -> bool:
+        return self.has >= self._rate
+
+    def take(self) -> None:
+        self._tokens -= 1
+
+
+def changes(written: Iterable[RowMapping]) -> list[dict[str, Any]]:
+    """Events of accounts whose status is not what it was, from what `settle` and `lapse` return."""
+    kinds = {"registered": "sip_registered", "failed": "sip_failed", "pending": "sip_unregistered"}
+    return [
+        Event.row(
+            kinds[row["status"]],
+            row["tenant_id"],
+            None,
+            None,
+            {"account": str(row["id"]), "name": row["name"], "status": row["status"], "error": row["register_error"]},
+        )
+        for row in written
+        if row["status"] != row["was"]
+    ]
+
+
+def _say(row: RowMapping, outcome: Outcome) -> None:
+    names = _names(row)
+    if outcome.kind is Kind.UNREGISTERED or row["next_refresh_at"] is None:
+        _log.info("sip_unregistered", **names, error=outcome.error)
+    elif outcome.kind is Kind.REGISTERED:
+        if row["was"] != RegisterStatus.REGISTERED:
+            _log.info("sip_registered", **names, granted=outcome.granted, expires_at=row["expires_at"].isoformat())
+        _log.info("sip_refresh_scheduled", **names, at=row["next_refresh_at"].isoformat(), notes=outcome.notes or None)
+    else:
+        at = row["next_refresh_at"].isoformat()
+        told = {"outcome": str(outcome.kind), "code": outcome.code, "error": outcome.error, "status": row["status"]}
+        _log.warning("sip_failed", **names, **told, next_try_at=at)
+
+
+def _names(row: RowMapping) -> dict[str, str]:
+    return {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
+
+
+async def _patiently(work: Callable[..., object], *given: object) -> bool:
+    """In a thread, as often as the store needs; False when something else is wrong, which is logged."""
+    while True:
+        try:
+            await asyncio.to_thread(work, *given)
+        except Exception as error:
+            if not is_store_trouble(error) and not db.is_worth_rerunning(error):
+                _log.error("sip_not_written", traceback=log.redacted(error))
+                return False
+            _log.warning("registrations_wait_for_a_store", error=log.described(error))
+            await asyncio.sleep(0.5)
+        else:
+            return True
+
+
+def _in_a_transaction(work: Callable[..., object], *given: object) -> None:
+    with db.session() as s:
+        db.see_all(s)
+        work(s, *given)
+
+
+def _drachtio() -> Drachtio | None:
+    given = settings()
+    if not given.drachtio_host:
+        return None
+    return Drachtio(
+        given.drachtio_host, given.drachtio_port, given.drachtio_secret, allowed=given.require_sip_networks()
+    )
+
+
+def _allow_sockets() -> None:
+    """Each attempt has a socket of its own; hosts often allow 1,024 files, and more when asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,148 @@
+"""One attempt to register an account or to un-register it, from its row to what came of it. No queue (underscore)."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+
+from sqlalchemy import RowMapping
+
+from models import SipSender
+from models.sip_registration import CSEQS
+from pombal.errors import Misconfigured
+from pombal.secrets import unseal
+from pombal.settings import settings
+from providers.drachtio import Drachtio
+from providers.sip import Account, Attempt, Kind, Outcome, Transport
+from providers.sip_direct import DirectFlight
+from providers.sip_flight import Fence, Flight, NotSent, Reply, Trouble
+from providers.sip_message import Request
+
+_UNKNOWN = "@localhost"  # in a Contact: whoever sends puts itself there
+_LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an attempt came to. Times are monotonic, but for `began_at`; `sent`: when the request that was answered last
+    was first sent."""
+
+    outcome: Outcome
+    began_at: datetime
+    began: float
+    sent: float
+    ended: float
+    server: str | None = None
+    contact: str | None = None  # that was bound
+    was_unregister: bool = False
+
+    @classmethod
+    def without_an_attempt(cls, outcome: Outcome, *, was_unregister: bool = False) -> "Result":
+        now = time.monotonic()
+        return cls(outcome, datetime.now(UTC), now, now, now, was_unregister=was_unregister)
+
+
+def sender_of(row: RowMapping) -> SipSender:
+    """Who sends for this account: drachtio wherever one is configured, unless the account says otherwise."""
+    chosen = SipSender(row["sender"])
+    if chosen is SipSender.AUTO:
+        return SipSender.DRACHTIO if settings().drachtio_host else SipSender.DIRECT
+    return chosen
+
+
+def account_of(row: RowMapping, *, password: str) -> Account:
+    """What it is registered with, at the Contact that `contacts_of` wants."""
+    return Account(
+        domain=row["host"],
+        user=row["username"],
+        auth_user=row["auth_username"] or row["username"],
+        password=password,
+        contact=contacts_of(row)[0],
+        call_id=row["call_id"],
+        from_tag=row["from_tag"],
+        interval=row["interval"],
+        transport=Transport(row["transport"]),
+        port=row["port"],
+        proxy=row["proxy"],
+        allows_md5=row["allows_md5"],
+        algorithm=row["algorithm"],
+    )
+
+
+def contacts_of(row: RowMapping) -> tuple[str, str | None]:
+    """The Contact to bind, and another one that is still bound and must go first, or both would ring.
+
+    It points at whoever sends (`localhost`), unless a direct sender is told where calls should come to. One that nobody
+    told goes on as it is bound, whichever host the worker that refreshes it runs on.
+    """
+    is_bound = (row["bound_seconds"] or 0) > 0
+    bound: str | None = row["contact"] if is_bound else None
+    host = None
+    if sender_of(row) is SipSender.DIRECT:
+        host = row["contact_host"] or settings().sip_contact or None
+        if host is None and bound is not None and _UNKNOWN not in bound:
+            return bound, None
+    wanted = f"sip:{row['contact_token']}@{host or 'localhost'};transport={row['transport']}"
+    return wanted, bound if bound is not None and bound != wanted and _UNKNOWN not in bound else None
+
+
+async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> Result:
+    """Register it, or un-register it if it is disabled. Raises only what the fence raises."""
+    began_at, began = datetime.now(UTC), time.monotonic()
+    is_over = not row["is_enabled"]
+    try:
+        account = account_of(row, password=unseal(row["id"], row["sealed"])["password"])
+    except Misconfigured as error:
+        outcome = Outcome(Kind.OURS, error=f"its password cannot be read: {error}")
+        return Result.without_an_attempt(outcome, was_unregister=is_over)
+    if is_over and row["contact"] is not None:
+        account = replace(account, contact=row["contact"])
+    first = row["cseq"] - CSEQS + 1
+    _, stale = contacts_of(row)
+    way = partial(_flight, row, account, drachtio, fence)
+    try:
+        async with asyncio.timeout(_LONGEST):
+            if stale is not None and not is_over:
+                old = Attempt(replace(account, contact=stale), cseq=first, unregister=True)
+                await _converse(old, way)  # else it ends by itself
+                first = old.cseq + 1
+            steps = Attempt(account, cseq=first, unregister=is_over)
+            outcome, reply = await _converse(steps, way)
+    except TimeoutError:
+        outcome, reply = Outcome(Kind.TEMPORARY, error=f"no end within {_LONGEST:.0f} s"), None
+    sent, server = (reply.sent_at, reply.server) if reply else (began, None)
+    contact = account.contact.replace(_UNKNOWN, f"@{reply.local}") if reply else None
+    return Result(outcome, began_at, began, sent, time.monotonic(), server, contact, is_over)
+
+
+async def _converse(steps: Attempt, way: Callable[[], Flight]) -> tuple[Outcome, Reply | None]:
+    """Until its outcome; with the last reply, if there was one."""
+    reply = None
+    try:
+        async with way() as flight:
+            step: Request | Outcome = steps.begin()
+            while not isinstance(step, Outcome):
+                reply = await flight.exchange(step)
+                step = steps.answered(reply.response)
+            return step, reply
+    except NotSent as trouble:
+        return steps.failed(trouble), reply
+
+
+def _flight(row: RowMapping, account: Account, drachtio: Drachtio | None, fence: Fence) -> Flight:
+    if sender_of(row) is SipSender.DRACHTIO:
+        if drachtio is None:
+            raise NotSent(Trouble.OURS, "this account is drachtio's, and DRACHTIO_HOST is not set")
+        return drachtio.flight(account.domain, account.port, account.transport, account.proxy, fence)
+    given = settings()
+    return DirectFlight(
+        host=account.proxy or account.domain,
+        port=account.port,
+        transport=account.transport,
+        fence=fence,
+        allowed=given.require_sip_networks(),
+        nameserver=given.sip_nameserver or None,
+        contact_host=None,  # the account's Contact says it already
+    )

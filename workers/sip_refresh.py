@@ -1,0 +1,122 @@
+"""Register SIP accounts, and again 60 seconds before they lapse; write down how each stands.
+
+Queue `sip_refresh`, in: nothing. A job only wakes the registrar of its process (`_registrar.py`), which runs for as
+long as a worker of this queue does and finds what is due by itself. In a process without one (`pombal run`) the job
+registers what is due and ends. Safe to run twice and anywhere: accounts are claimed.
+"""
+
+import asyncio
+import threading
+
+from dramatiq import Broker, Worker
+from dramatiq.middleware import Middleware
+
+from models import Event, SipRegistration
+from pombal import db, log, metrics
+from pombal.broker import actor, broker
+from pombal.errors import Permanent
+from pombal.middleware import bell_may_be_lost
+from pombal.settings import settings
+from workers._registrar import Registrar, changes
+from workers._rounds import new_loop
+
+_log = log.get()
+
+_QUEUE = "sip_refresh"
+_PAUSE = 1.0  # seconds before a registrar that broke begins anew
+_STOPPED = 15.0
+
+
+@actor(queue=_QUEUE, max_retries=3, min_backoff=1_000, max_backoff=30_000, throws=Permanent)
+def sip_refresh() -> None:
+    """Register whatever is due."""
+    if not resident.wake():
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(Registrar().run(once=True))
+
+
+def ring_registrar() -> None:
+    """Have what is due registered at once; while Redis is away, within a second."""
+    with bell_may_be_lost():
+        sip_refresh.send()
+
+
+def ring_registrations() -> int:
+    """For the sweep: write down what lapsed, and ring if an account waits and nobody has taken it; returns how often
+    it rang."""
+    is_reported = settings().require_sip_backend() is not None
+    with db.session() as s:
+        db.see_all(s)
+        lapsed = SipRegistration.lapse(s, is_reported=is_reported)
+        Event.append(s, changes(lapsed))
+        is_waited_for = SipRegistration.is_waited_for(s)
+    for row in lapsed:
+        metrics.sip_lapses.inc()
+        names = {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
+        _log.error("sip_lapsed", **names, status=row["status"], error=row["register_error"])
+    if not is_waited_for:
+        return 0
+    sip_refresh.send()
+    metrics.sweeps.labels(queue=_QUEUE).inc()
+    return 1
+
+
+class Resident(Middleware):
+    """The registrar of a worker process of this queue: it starts with the worker and ends with it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+        self._lock = threading.Lock()  # between the loop that comes and goes, and those who call into it
+        self._now: tuple[asyncio.AbstractEventLoop, Registrar] | None = None
+
+    def wake(self) -> bool:
+        """Have it look for what is due; False when there is none in this process."""
+        if self._thread is None:
+            return False
+        self._call("wake")
+        return True
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        if _QUEUE in worker.consumers:
+            self._ending.clear()
+            self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
+            self._thread.start()
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if self._thread is not None:
+            self._ending.set()
+            self._call("stop")
+            self._thread.join(_STOPPED)
+            self._thread = None
+
+    def _call(self, what: str) -> None:
+        with self._lock:
+            if self._now is not None:
+                loop, registrar = self._now
+                loop.call_soon_threadsafe(getattr(registrar, what))
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            try:
+                with asyncio.Runner(loop_factory=new_loop) as runner:
+                    runner.run(self._registering())
+            except Exception as error:
+                # It goes on by itself for as long as the process lives: nobody else of this process does its work.
+                _log.error("registrar_broke", traceback=log.redacted(error))
+                self._ending.wait(_PAUSE)
+
+    async def _registering(self) -> None:
+        registrar = Registrar()
+        with self._lock:
+            self._now = (asyncio.get_running_loop(), registrar)
+        try:
+            if not self._ending.is_set():
+                await registrar.run()
+        finally:
+            with self._lock:
+                self._now = None
+
+
+resident = Resident()
+broker.add_middleware(resident)
