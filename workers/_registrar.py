@@ -47,6 +47,7 @@ _MOST_OF_A_PLACE = 200  # … to one host
 _MOST_WRITTEN = 200  # in one transaction
 _STOPPING = 5.0  # seconds that attempts under way have to end
 _AWAY = 5.0  # seconds between two looks whether drachtio is back
+_OURS_AGAIN = 60.0
 _FILES = 8_192  # sockets, at most
 
 
@@ -259,6 +260,8 @@ class Registrar:
             next_ = None
         else:
             next_ = sip.retry_after(outcome, row["failures"] + 1, self._dice, bound_seconds=bound if is_bound else None)
+            if outcome.kind is Kind.OURS and not self._is_away:  # a setting or a key, which a person has to mend
+                next_ = _OURS_AGAIN
             if result.was_unregister and bound is not None:  # it ends by itself then
                 next_ = min(next_, bound + 1.0)
         has_failed = outcome.kind in (Kind.PERMANENT, Kind.TEMPORARY)

@@ -1,6 +1,7 @@
 """Accounts, and the registrar of a worker on a thread of its own, for tests of registrations."""
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +81,13 @@ def an_account(
 ) -> Account:
     """An account of a new tenant, due at once."""
     row = SipRegistration.make(
-        tenant_id or a_tenant().id, name=f"a{user}", host=host, username=user, password=password, port=port, **given
+        tenant_id or a_tenant().id,
+        name=f"account-{secrets.token_hex(4)}",
+        host=host,
+        username=user,
+        password=password,
+        port=port,
+        **given,
     )
     with db.session([row.tenant_id]) as s:
         s.add(row)

@@ -1,17 +1,25 @@
 """Accounts stay registered, and their rows tell the truth: a registrar of a worker against a registrar of SIP."""
 
 import itertools
+import socket
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from dramatiq import Worker
 
+from models import RegisterStatus, SipRegistration
+from pombal import db, metrics
+from pombal.broker import broker, redis_client
 from pombal.settings import settings
 from sandbox.sip_thread import SipThread
-from tests.factories import superuser
+from tests.factories import a_tenant, superuser
 from tests.sandbox.sip_servers import a_registrar
 from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_registering_worker, an_account, nobody_registers, until
-from workers.sip_refresh import ring_registrations, sip_refresh
+from workers._registrar import _MOST_OF_A_PLACE, Registrar
+from workers.sip_refresh import ring_registrar, ring_registrations, sip_refresh
 
 _numbers = itertools.count(5511_9000_0001)
 
@@ -186,3 +194,269 @@ def test_nothing_of_an_account_of_a_controller_is_sent_from_here(provider: SipTh
 
     assert provider.journal(user=theirs.user) == []
     assert theirs.row()["status"] == "pending"
+
+
+# --------------------------------------------------------------------------------- what providers do (the sheet's §6)
+
+HOUR, MINUTE = (3200.0, 4000.0), (14.0, 61.0)
+
+
+@pytest.mark.parametrize(
+    ("habit", "error", "again"),
+    [
+        ({"code": 403}, "403", HOUR),
+        ({"code": 404}, "404", HOUR),
+        ({"code": 604}, "604", HOUR),
+        ({"endless_401": True}, "credentials", HOUR),
+        ({"algorithms": ["FOO"]}, "FOO", HOUR),
+        ({"qop": "auth-int"}, "auth-int", HOUR),
+        ({"min_expires": 100_000}, "423", HOUR),
+        ({"redirect": "sip:elsewhere@127.0.0.9"}, "302", HOUR),
+        ({"code": 500}, "500", MINUTE),
+        ({"code": 480}, "480", MINUTE),
+        ({"code": 503, "retry_after": 200}, "503", (195.0, 205.0)),
+        ({"grant": 0}, "0", MINUTE),
+    ],
+    ids=lambda given: "-".join(f"{k}={v}" for k, v in given.items()) if isinstance(given, dict) else "",
+)
+def test_what_a_provider_refuses_is_told_with_its_reason_and_tried_again_in_due_time(
+    provider: SipThread, habit: dict[str, Any], error: str, again: tuple[float, float]
+) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, **habit)
+
+    sip_refresh()
+
+    row = account.row()
+    assert row["status"] == "failed"
+    assert error in row["register_error"]
+    assert again[0] < (row["next_refresh_at"] - row["updated_at"]).total_seconds() < again[1]
+    assert row["failures"] == 1
+    assert account.user not in row["register_error"]
+    assert PASSWORD not in str(dict(row))
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"stale": "once"},
+        {"stale_silently": "once"},
+        {"algorithms": ["SHA-256", "MD5"]},
+        {"algorithms": ["MD5-sess"]},
+        {"algorithms": [""], "qop": "none"},
+        {"proxy_auth": True},
+        {"min_expires": 600},
+        {"others": [{"contact": "sip:other@198.51.100.7:5060", "expires": 3600}]},
+        {"rewrite_contact": {"host": "203.0.113.9"}},
+        {"grant_in": "header"},
+        {"provisional": True},
+        {"silent": 1},
+        {"malformed": ["garbage", "no_status_line", "huge", "latin1", "many_via", "truncated"]},
+        {"malformed": ["foreign_branch", "foreign_cseq", "foreign_call_id", "foreign_method", "foreign_source"]},
+    ],
+    ids=lambda habit: "-".join(habit),
+)
+def test_what_a_provider_asks_for_or_gets_wrong_keeps_no_account_from_being_registered(
+    provider: SipThread, habit: dict[str, Any]
+) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, **habit)
+
+    sip_refresh()
+
+    row = account.row()
+    assert (row["status"], row["register_error"]) == ("registered", None)
+    assert 250 < (row["expires_at"] - row["now"]).total_seconds() <= 600
+    assert provider.state(account.user)["registered"]
+    assert [one["complaints"] for one in provider.journal(user=account.user) if one["complaints"]] == []
+
+
+def test_a_provider_that_nobody_hears_holds_up_no_other(provider: SipThread) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.3", 0))
+        tenant = a_tenant().id
+        silent = [
+            an_account("127.0.0.3", deaf.getsockname()[1], f"s{n}", tenant_id=tenant) for n in range(_MOST_OF_A_PLACE)
+        ]
+        with a_registering_worker() as registrar:
+            until(lambda: len(registrar._held), lambda n: n > 50)
+            heard = [a_customer(provider) for _ in range(5)]
+            for account in heard:
+                account.until(lambda row: row["status"] == "registered")
+            assert len(registrar._held) > 50, "the silent ones have not ended yet"
+
+        # Ended before their time, they are nobody's: another worker may begin at once.
+        assert {account.row()["claimed_until"] for account in silent} == {None}
+        assert {account.row()["status"] for account in silent} == {"pending"}
+
+
+def test_a_provider_without_an_answer_is_named_with_the_time_it_had(provider: SipThread) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+        gone.bind(("127.0.0.1", 0))
+        port = gone.getsockname()[1]
+    account = an_account("127.0.0.1", port, "nobody")
+
+    sip_refresh()
+
+    assert account.row()["status"] == "failed"
+    assert f"127.0.0.1:{port}" in account.row()["register_error"]
+    assert account.row()["last_outcome"] == "temporary"
+
+
+# ---------------------------------------------------------------------------------------------------- one at a time
+
+
+def test_two_workers_never_have_two_requests_of_one_account_under_way(provider: SipThread) -> None:
+    accounts = [a_customer(provider) for _ in range(10)]
+    provider.clear()
+    for account in accounts:
+        provider.habit(account.user, grant=12, delay=0.3)
+
+    with a_registering_worker(), a_registering_worker():
+        for _ in range(3):
+            for account in accounts:
+                account.ask()
+            for account in accounts:
+                account.until(lambda row: row["asked_at"] is None and row["claimed_until"] is None)
+
+    states = [provider.state(account.user) for account in accounts]
+    assert [state["overlaps"] for state in states] == [0] * 10
+    assert all(state["granted"] >= 3 and not state["gaps"] for state in states)
+    assert [account.row()["status"] for account in accounts] == ["registered"] * 10
+
+
+def test_who_loses_a_claim_sends_nothing_more_and_writes_nothing(provider: SipThread) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, silent="all")
+
+    with a_registering_worker() as registrar:
+        until(lambda: len(registrar._held), lambda n: n == 1)
+        account.set(claim_token="gen_random_uuid()", claimed_until="now() + interval '1 hour'")
+        until(lambda: len(registrar._held), lambda n: n == 0)
+
+    row = account.row()
+    assert (row["status"], row["history"]) == ("pending", [])
+    assert row["claimed_until"] is not None
+
+
+def test_what_came_of_an_attempt_counts_no_more_once_a_controller_said_how_it_stands(provider: SipThread) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, delay=0.5)
+    with a_registering_worker() as registrar:
+        until(lambda: len(registrar._held), lambda n: n == 1)
+        with db.session([account.tenant_id]) as s:
+            failed = RegisterStatus.FAILED
+            assert SipRegistration.told(
+                s, account.tenant_id, account.id, status=failed, error="busy", last_register_at=None, expires_at=None
+            )
+        until(lambda: len(registrar._held), lambda n: n == 0)
+
+    row = account.row()
+    assert (row["status"], row["register_error"], row["sender"]) == ("failed", "busy", "external")
+    assert row["next_refresh_at"] is None
+
+
+def test_a_change_during_an_attempt_has_it_made_again(provider: SipThread) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, delay=0.5)
+    with a_registering_worker() as registrar:
+        until(lambda: len(registrar._held), lambda n: n == 1)
+        account.disable()
+        account.until(lambda row: row["status"] == "pending" and row["next_refresh_at"] is None)
+
+    assert not provider.state(account.user)["bindings"]
+
+
+def test_a_process_that_died_with_a_claim_is_followed_by_another_once_it_ran_out(provider: SipThread) -> None:
+    account = a_customer(provider)
+    dead = Registrar()
+    (row,), _ = dead._claim((), Counter())
+    assert row["id"] == account.id
+
+    sip_refresh()
+    assert account.row()["history"] == [], "it is still claimed"
+    account.set(claimed_until="clock_timestamp()")
+    sip_refresh()
+
+    assert account.row()["status"] == "registered"
+    assert provider.journal(user=account.user)[0]["cseq"] > row["cseq"]
+
+
+def test_a_start_is_spread_over_time_for_each_host(provider: SipThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIP_STARTS_PER_SECOND", "4")
+    settings.cache_clear()
+    tenant = a_tenant().id
+    here = [an_account("127.0.0.1", 5999, f"h{n}", tenant_id=tenant) for n in range(10)]
+    there = [an_account("127.0.0.2", 5999, f"t{n}", tenant_id=tenant) for n in range(2)]
+    here[7].ask()
+
+    rows, left = Registrar()._claim((), Counter())
+
+    ids = {row["id"] for row in rows}
+    assert len(ids & {account.id for account in here}) == 4
+    assert ids >= {account.id for account in there}
+    assert here[7].id in ids, "somebody waits for it"
+    assert left == 6
+
+
+# ----------------------------------------------------------------------------------------------------------- Contacts
+
+
+def test_a_contact_that_changes_leaves_no_second_binding(provider: SipThread) -> None:
+    account = a_customer(provider, contact_host="127.0.0.8:5080")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        account.change(contact_host="127.0.0.9:5080")
+        account.until(lambda row: row["contact"] is not None and "127.0.0.9" in row["contact"])
+
+    (binding,) = provider.state(account.user)["bindings"]
+    assert binding["contact"] == f"sip:{account.token}@127.0.0.9:5080;transport=udp"
+
+
+# ------------------------------------------------------------------------------------------------ workers and clocks
+
+
+def test_a_worker_of_the_queue_registers_without_being_rung_and_ends_in_time(provider: SipThread) -> None:
+    account = a_customer(provider)
+    worker = Worker(broker, queues={"sip_refresh"}, worker_threads=1, worker_timeout=50)
+    worker.start()
+    try:
+        account.until(lambda row: row["status"] == "registered")
+        account.ask()
+        ring_registrar()
+        until(lambda: provider.state(account.user)["granted"], lambda n: n == 2)
+    finally:
+        worker.stop()
+    assert "registrar" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_sweep_rings_for_what_waits_and_not_for_what_is_worked_on(provider: SipThread) -> None:
+    account = a_customer(provider)
+    assert ring_registrations() == 0
+    account.set(next_refresh_at="now() - interval '1 minute'")
+    assert ring_registrations() == 1
+    account.set(claimed_until="now() + interval '1 minute'")
+    assert ring_registrations() == 0
+
+
+def test_no_password_is_in_a_log_a_row_an_event_a_metric_or_a_job(
+    provider: SipThread, capfd: pytest.CaptureFixture[str]
+) -> None:
+    accounts = [a_customer(provider) for _ in range(3)]
+    provider.habit(accounts[1].user, code=403)
+    accounts[2].change(password="another-" + PASSWORD)
+
+    sip_refresh()
+    ring_registrar()
+
+    with superuser() as connection:
+        rows = str(connection.execute("SELECT r::text FROM sip_registration r").fetchall())
+        events = str(connection.execute("SELECT e::text FROM event e").fetchall())
+    jobs = str(redis_client().hgetall("dramatiq:sip_refresh.msgs"))
+    said = "".join(capfd.readouterr()) + events + jobs + metrics.exposition(metrics.snapshot()).decode()
+    assert all(word in said for word in ("sip_registered", "sip_failed", "pombal_sip_attempts_total"))
+    assert "sip_refresh" in jobs
+    for secret in (PASSWORD, "Digest ", "response="):
+        assert secret not in said + rows
+    for personal in (account.user for account in accounts):
+        assert personal not in said

@@ -1,0 +1,121 @@
+"""Accounts that drachtio registers: the binding is the SBC's, and calls find their account."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pombal.settings import settings
+from sandbox.drachtio import Standin
+from sandbox.sip_thread import SipThread
+from tests.sandbox.drachtio_servers import SECRET, a_drachtio
+from tests.sandbox.sip_servers import a_registrar
+from tests.sip.accounts import PASSWORD, a_registering_worker, an_account, nobody_registers, until
+from tests.web.process import running
+from workers.sip_refresh import sip_refresh
+
+FLEET_KEY = "the-key-of-the-drachtio-controller"
+
+
+@pytest.fixture
+def provider() -> Iterator[SipThread]:
+    with a_registrar() as running:
+        for n in range(5):
+            running.user(f"551190000222{n}", PASSWORD)
+        yield running
+
+
+@pytest.fixture
+def drachtio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+    with a_drachtio() as standin:
+        monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
+        monkeypatch.setenv("DRACHTIO_HOST", "127.0.0.1")
+        monkeypatch.setenv("DRACHTIO_PORT", str(standin.port))
+        monkeypatch.setenv("DRACHTIO_SECRET", SECRET)
+        monkeypatch.setenv("API_KEY", FLEET_KEY)
+        settings.cache_clear()
+        yield standin
+        assert standin.violations() == []
+        assert standin.routes() == [], "a worker would swallow calls"
+    nobody_registers()
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+def test_a_call_to_what_drachtio_bound_names_its_account_tenant_and_target(
+    provider: SipThread, drachtio: Standin, tmp_path: Path
+) -> None:
+    target = "sip:support@livekit.example"
+    account = an_account("127.0.0.1", provider.port, "5511900002220", target=target)
+    other = an_account("127.0.0.1", provider.port, "5511900002221")
+
+    sip_refresh()
+    call = provider.invite(account.user)
+
+    assert (account.row()["status"], other.row()["status"]) == ("registered", "registered")
+    (binding,) = provider.state(account.user)["bindings"]
+    assert f"@127.0.0.1:{drachtio.sip_port}" in binding["contact"]
+    assert binding["source"].endswith(f":{drachtio.sip_port}"), "it is drachtio's own, and calls come back there"
+    (invite,) = drachtio.invites()
+    assert invite["request_uri"] == call["request_uri"]
+    with running(tmp_path / "web.log", {"API_KEY": FLEET_KEY}) as web:
+        asked = {"contact": invite["request_uri"]}
+        answer = web.http.get("/api/sip/dispatch", params=asked, headers={"x-api-key": FLEET_KEY}).json()
+    assert answer["account"]["id"] == str(account.id)
+    assert answer["tenant"]["id"] == str(account.tenant_id)
+    assert answer["target"] == target
+
+
+def test_while_drachtio_is_away_all_wait_and_say_so_and_none_has_failed(provider: SipThread, drachtio: Standin) -> None:
+    accounts = [an_account("127.0.0.1", provider.port, f"551190000222{n}") for n in range(5)]
+    with a_registering_worker():
+        for account in accounts[:2]:
+            account.until(lambda row: row["status"] == "registered")
+        drachtio.go_away()
+        drachtio.hang_up()
+        for account in accounts:
+            account.ask()
+            row = account.until(lambda row: "drachtio" in (row["register_error"] or ""))
+            assert SECRET not in row["register_error"]
+        assert [account.row()["status"] for account in accounts[:2]] == ["registered"] * 2, "their bindings live"
+        assert [account.row()["failures"] for account in accounts] == [0] * 5
+
+        drachtio.come_back()
+        for account in accounts:
+            account.until(lambda row: row["status"] == "registered" and row["register_error"] is None)
+
+
+def test_an_account_may_be_registered_directly_beside_a_drachtio(provider: SipThread, drachtio: Standin) -> None:
+    account = an_account("127.0.0.1", provider.port, "5511900002220", sender="direct")
+
+    sip_refresh()
+
+    assert account.row()["status"] == "registered"
+    assert drachtio.requests() == []
+
+
+def test_an_account_of_drachtio_says_what_is_missing_where_none_is_configured(
+    provider: SipThread, drachtio: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DRACHTIO_HOST")
+    settings.cache_clear()
+    account = an_account("127.0.0.1", provider.port, "5511900002220", sender="drachtio")
+
+    sip_refresh()
+
+    assert "DRACHTIO_HOST" in account.row()["register_error"]
+    assert (account.row()["status"], account.row()["failures"]) == ("failed", 0)
+
+
+def test_an_account_that_moves_from_direct_to_drachtio_rings_at_one_place_only(
+    provider: SipThread, drachtio: Standin
+) -> None:
+    account = an_account("127.0.0.1", provider.port, "5511900002220", sender="direct", contact_host="127.0.0.9:5080")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        account.change(sender="auto")
+        until(lambda: drachtio.requests(), bool)
+        account.until(lambda row: row["claimed_until"] is None and "localhost" in (row["contact"] or ""))
+
+    (binding,) = provider.state(account.user)["bindings"]
+    assert f":{drachtio.sip_port}" in binding["contact"]
