@@ -139,7 +139,7 @@ class DirectFlight:
     async def _open(self, target: Target, window: float) -> "_Way":
         self._fence()
         try:
-            async with asyncio.timeout(max(window, 0)) as limit:
+            async with asyncio.timeout(max(window, 0)):
                 if target.transport is Transport.UDP:
                     return await _Datagrams.open(target)
                 context = None
@@ -147,8 +147,6 @@ class DirectFlight:
                     context = self._ssl_context or _ssl_context()
                 return await _Stream.open(target, context, self._tls_name)
         except TimeoutError:
-            if not limit.expired():
-                raise _Lost(target, "no connection to {}") from None
             raise _Lost(target, f"no answer within {_seconds(window)} from {{}}") from None
 
     async def _ask(self, way: "_Way", request: Request, seconds: float, window: float | None = None) -> Reply:

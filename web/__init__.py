@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pombal import metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
-from web import errors, health, media, messages, sessions, status, sync, uploads, webhooks
+from web import errors, health, media, messages, sessions, sip, status, sync, uploads, webhooks
 from web.inbox import Inbox
 from web.outbox import Outbox
 from web.signatures import Apps
@@ -92,6 +92,10 @@ app = Starlette(
         Route("/api/sync-instance-status", sync.apply, methods=["POST"]),
         Route("/api/sync-instance-status/{id}", sync.report, methods=["GET"]),
         Route("/api/cron/sync-status", sync.cron, methods=["GET", "POST"]),
+        Route("/api/sip/provider-registration", sip.registrations, methods=["GET"]),
+        Route("/api/sip/provider-registration/{id}", sip.registration, methods=["GET"]),
+        Route("/api/sip/provider-registration/{id}", sip.tell, methods=["PATCH"]),
+        Route("/api/sip/dispatch", sip.dispatch, methods=["GET"]),
         Route("/health", health.health),
         Route("/ready", health.ready),
         Route("/metrics", health.fleet_metrics),

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import ChannelStatus, Hold, Lane, Media, Repair, RepairPause, standing
+from models import ChannelStatus, Hold, Lane, Media, Repair, RepairPause, SipRegistration, standing
 from models.lane import LaneState
 from models.sync_report import LEASE
 from pombal import db, metrics
@@ -144,6 +144,7 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
         yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
     yield from _standings(s)
     yield from _repairs(s)
+    yield from _accounts(s)
     letters = s.execute(text("SELECT actor, count(*) FROM dead_letter WHERE state = 'open' GROUP BY actor"))
     known = broker.get_declared_actors()
     samples: dict[str, float] = dict.fromkeys(sorted(known), 0)  # so that a first one is seen to come
@@ -189,6 +190,29 @@ def _repairs(s: Session) -> Iterator[metrics.Family]:
         "pombal_repairs_paused",
         "Pauses of repairs, of all and of single channels.",
         [({"kind": kind}, float(count)) for kind, count in pauses.items()],
+    )
+
+
+def _accounts(s: Session) -> Iterator[metrics.Family]:
+    seen = SipRegistration.overview(s)
+    yield metrics.gauge(
+        "pombal_sip_registrations",
+        "SIP accounts, by how each stands now; disabled: not to be registered.",
+        [({"status": name}, float(seen[name])) for name in ("pending", "registered", "failed", "disabled")],
+    )
+    if seen["next_refresh"] is not None:
+        yield metrics.gauge(
+            "pombal_sip_next_refresh_seconds",
+            "Time to the next REGISTER of any SIP account; negative: it is late.",
+            [({}, seen["next_refresh"])],
+        )
+    yield metrics.gauge(
+        "pombal_sip_unregistered_seconds",
+        "Time that the enabled SIP account without a binding for the longest has been without; 0: all have one.",
+        [({}, seen["unregistered"])],
+    )
+    yield metrics.gauge(
+        "pombal_sip_unreported_seconds", "Time that a report to the backend waits.", [({}, seen["unreported"])]
     )
 
 

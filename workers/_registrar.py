@@ -131,7 +131,9 @@ class Registrar:
             async with asyncio.timeout(_STOPPING):
                 await self._done.join()
         if given_up := [held.key for held in self._held.values()]:
-            await _patiently(_in_a_transaction, SipRegistration.release, self._token, given_up)
+            with suppress(TimeoutError):  # else the claims run out
+                async with asyncio.timeout(_STOPPING):
+                    await _patiently(_in_a_transaction, SipRegistration.release, self._token, given_up)
 
     # ------------------------------------------------------------------------------------------- what is due
 
@@ -396,7 +398,8 @@ def _say(row: RowMapping, outcome: Outcome) -> None:
     elif outcome.kind is Kind.REGISTERED:
         if row["was"] != RegisterStatus.REGISTERED:
             _log.info("sip_registered", **names, granted=outcome.granted, expires_at=row["expires_at"].isoformat())
-        _log.info("sip_refresh_scheduled", **names, at=row["next_refresh_at"].isoformat(), notes=outcome.notes or None)
+        odd = {"notes": outcome.notes} if outcome.notes else {}
+        _log.info("sip_refresh_scheduled", **names, at=row["next_refresh_at"].isoformat(), **odd)
     else:
         at = row["next_refresh_at"].isoformat()
         told = {"outcome": str(outcome.kind), "code": outcome.code, "error": outcome.error, "status": row["status"]}

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -21,6 +22,7 @@ from providers.sip_flight import Fence, Flight, NotSent, Reply, Trouble
 from providers.sip_message import Request
 
 _UNKNOWN = "@localhost"  # in a Contact: whoever sends puts itself there
+_FOR_THE_OLD = 5.0  # seconds that a Contact which is replaced has to go
 _LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
 
 
@@ -106,7 +108,9 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
         async with asyncio.timeout(_LONGEST):
             if stale is not None and not is_over:
                 old = Attempt(replace(account, contact=stale), cseq=first, unregister=True)
-                await _converse(old, way)  # else it ends by itself
+                with suppress(TimeoutError):  # then it ends by itself, with its grant
+                    async with asyncio.timeout(_FOR_THE_OLD):
+                        await _converse(old, way)
                 first = old.cseq + 1
             steps = Attempt(account, cseq=first, unregister=is_over)
             outcome, reply = await _converse(steps, way)

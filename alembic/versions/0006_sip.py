@@ -80,6 +80,7 @@ def upgrade() -> None:
             ["tenant_id"], ["tenant.id"], name=op.f("fk_sip_registration_tenant_id"), ondelete="CASCADE"
         ),
     )
+    is_ours = sa.text("next_refresh_at IS NOT NULL AND sender <> 'external'")
     is_there = sa.text("removed_at IS NULL")
     name = ["tenant_id", "name"]
     op.create_index("uq_sip_registration_name", "sip_registration", name, unique=True, postgresql_where=is_there)
@@ -87,8 +88,14 @@ def upgrade() -> None:
     op.create_index(
         "ix_sip_registration_due",
         "sip_registration",
+        ["next_refresh_at"],
+        postgresql_where=is_ours,
+    )
+    op.create_index(
+        "ix_sip_registration_place",
+        "sip_registration",
         [sa.text("coalesce(proxy, host)"), "next_refresh_at"],
-        postgresql_where=sa.text("next_refresh_at IS NOT NULL AND sender <> 'external'"),
+        postgresql_where=is_ours,
     )
     op.create_index(
         "ix_sip_registration_expiry",

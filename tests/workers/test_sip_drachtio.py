@@ -75,6 +75,7 @@ def test_while_drachtio_is_away_all_wait_and_say_so_and_none_has_failed(provider
         drachtio.hang_up()
         for account in accounts:
             account.ask()
+        for account in accounts:
             row = account.until(lambda row: "drachtio" in (row["register_error"] or ""))
             assert SECRET not in row["register_error"]
         assert [account.row()["status"] for account in accounts[:2]] == ["registered"] * 2, "their bindings live"
