@@ -13,6 +13,9 @@ and the media host below `/media/`; their journal is `/meta/media`, and files of
 It answers as one host of MegaAPI too (`sandbox.megaapi`): `/rest/…`, told what to do under `/megaapi/…`
 (`sandbox.megaapi_control`). And as any number of Baileys gateways (`sandbox.baileys`): `/baileys/{gateway}/…`, told
 what to do under `/control/baileys/…` (`sandbox.baileys_control`).
+
+A SIP registrar (`sandbox.sip`) has a port of its own, which `GET /sip` tells; it is told what to do under `/sip/…`
+(`sandbox.sip_control`). A drachtio, if it is asked for, under `/sip/drachtio…` (`sandbox.drachtio_control`).
 """
 
 import argparse
@@ -40,7 +43,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox import baileys_control, files, megaapi_control, meta
+from sandbox import baileys_control, drachtio_control, files, megaapi_control, meta, sip_control
 from sandbox.answers import Protocol
 from sandbox.baileys import Baileys
 from sandbox.config import App, Channel, Config, ConfigError, ConfigFile
@@ -52,6 +55,7 @@ from sandbox.meta import JSON
 from sandbox.rules import SetRules
 from sandbox.runs import Plan, Run
 from sandbox.sender import Post, Sender
+from sandbox.sip_service import NOWHERE, USUAL, Places, Sip
 
 log = logging.getLogger("sandbox")
 
@@ -148,11 +152,13 @@ async def index(request: Request) -> JSONResponse:
 
 
 async def health(request: Request) -> JSONResponse:
-    """Alive, with the names of the channels, or what is wrong with the configuration."""
+    """Alive, with the names of the channels and the SIP port's address, or what is wrong with the configuration."""
+    sip: Sip = request.app.state.sip
+    alive = {"status": "ok"} | ({"sip": sip.address} if sip.address else {})
     try:
-        return JSONResponse({"status": "ok", "channels": list(_config(request).by_channel())})
+        return JSONResponse({**alive, "channels": list(_config(request).by_channel())})
     except Refused as error:
-        return JSONResponse({"status": "ok", "channels": [], "config_error": str(error)})
+        return JSONResponse({**alive, "channels": [], "config_error": str(error)})
 
 
 async def say(request: Request) -> JSONResponse:
@@ -484,6 +490,8 @@ ROUTES = [
     Route("/meta/media-files", clear_media_files, methods=["DELETE"]),
     *megaapi_control.ROUTES,
     *baileys_control.ROUTES,
+    *sip_control.ROUTES,
+    *drachtio_control.ROUTES,
 ]
 
 
@@ -566,10 +574,11 @@ class Service(Starlette):
             await super().__call__(scope, receive, send)
 
 
-def create_app(config_path: str | Path) -> Starlette:
+def create_app(config_path: str | Path, sip: Places = NOWHERE) -> Starlette:
     """The control port, Graph and MegaAPI as an ASGI app. It sends only within its lifespan. Serve it with `server`.
 
-    The file need not exist yet: it is read when a request needs it, and again when it has changed.
+    The file need not exist yet: it is read when a request needs it, and again when it has changed. The SIP registrar
+    and the drachtio are there for as long, if they are given ports.
     """
 
     @asynccontextmanager
@@ -580,7 +589,14 @@ def create_app(config_path: str | Path) -> Starlette:
             app.state.graph = Graph(app.state.config, app.state.sender)
             app.state.megaapi = MegaApi(app.state.config)
             app.state.baileys = Baileys(app.state.config)
-            async with app.state.graph.running(), app.state.megaapi.running(), app.state.baileys.running():
+            app.state.sip = Sip(app.state.config, sip)
+            app.state.drachtio = app.state.sip.drachtio
+            async with (
+                app.state.graph.running(),
+                app.state.megaapi.running(),
+                app.state.baileys.running(),
+                app.state.sip.running(),
+            ):
                 yield
             for run in app.state.runs.values():
                 await run.cancel()
@@ -620,18 +636,23 @@ def _http_error(request: Request, error: Any) -> JSONResponse:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; what is pending then is dropped. Returns the exit code."""
-    about = "A small Meta, MegaAPI and Baileys: webhooks out, messages in."
+    about = "A small Meta, MegaAPI, Baileys and SIP registrar: webhooks out, messages in."
     parser = argparse.ArgumentParser(prog="sandbox", description=about)
     parser.add_argument("--port", type=int, default=9010, help="control port (9010)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
     parser.add_argument("--config", type=Path, required=True, help="JSON file with apps, channels and instances")
+    parser.add_argument(
+        "--sip-port", type=_sip_port, default=USUAL, help="of the SIP registrar (5070, or any if it is taken; or `off`)"
+    )
+    parser.add_argument("--drachtio-port", type=int, default=None, help="of a drachtio (none; 0: any)")
+    parser.add_argument("--drachtio-sip-port", type=int, default=0, help="where it sends from and takes calls (any)")
     args = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # httpx logs every request with its URL, and a handshake has the verify token in it.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     serving = server(
-        create_app(args.config),
+        create_app(args.config, Places(args.host, args.sip_port, args.drachtio_port, args.drachtio_sip_port)),
         host=args.host,
         port=args.port,
         log_level="warning",
@@ -644,3 +665,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("sandbox on http://%s:%d, configuration %s", args.host, args.port, args.config)
     serving.run()
     return 0
+
+
+def _sip_port(text: str) -> int | None:
+    if text == "off":
+        return None
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a port nor `off`")
+    return int(text)

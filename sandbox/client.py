@@ -9,6 +9,7 @@ import ssl
 from base64 import b64encode
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -435,6 +436,98 @@ def baileys_touches(control_url: str, gateway: str | None = None, session: str |
 def baileys_journal(control_url: str, *, limit: int = 50) -> JSON:
     """The latest webhooks."""
     return _call("GET", control_url, _with_query("/control/baileys/journal", limit=limit))
+
+
+def sip(control_url: str) -> JSON:
+    """Where the SIP registrar is, and its counts."""
+    return _call("GET", control_url, "/sip")
+
+
+def sip_summary(control_url: str) -> JSON:
+    """Its counts."""
+    return _call("GET", control_url, "/sip/summary")
+
+
+def sip_users(control_url: str, **given: Any) -> JSON:
+    """New accounts: `name` and `password`, or `count`, `prefix` and `password`; without anything, those there are."""
+    if not given:
+        return _call("GET", control_url, _with_query("/sip/users", limit=100_000))
+    return _call("POST", control_url, "/sip/users", **given)
+
+
+def sip_remove(control_url: str, name: str | None = None) -> JSON:
+    """One account is gone, or all that were added."""
+    return _call("DELETE", control_url, _with_query("/sip/users", name=name))
+
+
+def sip_state(control_url: str, name: str) -> JSON:
+    """What an account has bound, and when it had nothing bound."""
+    return _call("GET", control_url, f"/sip/users/{quote(name, safe='')}")
+
+
+def sip_habit(control_url: str, user: str | None = None, **keys: Any) -> JSON:
+    """The registrar does so to this user, to a `domain`, or to everybody; see `sandbox.sip_habits`."""
+    return _call("POST", control_url, "/sip/habits", user=user, **keys)
+
+
+def sip_habits(control_url: str) -> JSON:
+    """Those that are set."""
+    return _call("GET", control_url, "/sip/habits")
+
+
+def sip_clear_habits(control_url: str, user: str | None = None, *, id: int | None = None) -> JSON:
+    """This user's, this one, or all."""
+    return _call("DELETE", control_url, _with_query("/sip/habits", user=user, id=id))
+
+
+def sip_transactions(control_url: str, *, limit: int = 100_000, **only: Any) -> JSON:
+    """What it was asked, newest last; `only` are `user` and `after`."""
+    return _call("GET", control_url, _with_query("/sip/transactions", limit=limit, **only))
+
+
+def sip_clear(control_url: str) -> JSON:
+    """Forget those, and all counts."""
+    return _call("DELETE", control_url, "/sip/transactions")
+
+
+def sip_invite(control_url: str, user: str, **more: Any) -> JSON:
+    """A call comes in for its binding; `more` are `received` and `seconds`."""
+    return _call("POST", control_url, "/sip/invite", user=user, **more)
+
+
+def sip_away(control_url: str, away: bool = True) -> JSON:
+    """The registrar goes, or is there again."""
+    return _call("POST", control_url, "/sip/away", away=away)
+
+
+def sip_forget(control_url: str, user: str | None = None) -> JSON:
+    """Bindings are gone, as after its restart."""
+    return _call("POST", control_url, "/sip/forget", user=user)
+
+
+def sip_drachtio(control_url: str) -> JSON:
+    """Where drachtio is, if the sandbox has one, and who is connected."""
+    return _call("GET", control_url, "/sip/drachtio")
+
+
+def sip_drachtio_habits(control_url: str, **changes: Any) -> JSON:
+    """It does so; see `sandbox.drachtio_habits`. Without anything it does what it should."""
+    return _ask("POST" if changes else "DELETE", control_url, "/sip/drachtio/habits", changes or None)
+
+
+def sip_drachtio_requests(control_url: str, *, limit: int = 1000) -> JSON:
+    """What it was asked to send."""
+    return _call("GET", control_url, _with_query("/sip/drachtio/requests", limit=limit))
+
+
+def sip_drachtio_invites(control_url: str, *, limit: int = 1000) -> JSON:
+    """The calls that came in there."""
+    return _call("GET", control_url, _with_query("/sip/drachtio/invites", limit=limit))
+
+
+def sip_drachtio_away(control_url: str, away: bool = True) -> JSON:
+    """Its control port is closed, or open again."""
+    return _call("POST", control_url, "/sip/drachtio/away", away=away)
 
 
 def health(control_url: str) -> JSON:

@@ -1,4 +1,4 @@
-"""Which apps, channels, instances and gateways the sandbox plays, read from a JSON file.
+"""Which apps, channels, instances, gateways and SIP accounts the sandbox plays, read from a JSON file.
 
     {"apps": [{"url": "http://127.0.0.1:8000/webhooks/whatsapp", "app_secret": "…", "verify_token": "…",
                "channels": [{"name": "demo-meta", "phone_number_id": "…", "waba_id": "…",
@@ -18,7 +18,13 @@ Names and keys of instances are unique in the file. What may be left out: `host_
                 "api_key": "…", "log": "/file.log", "sessions": [{"session": "demo-baileys", "webhook_url": "…"}]}]}
 
 `root` may be left out (then it is a folder for the time being), and whatever `BaileysGateway` and `BaileysSession`
-have a value for.
+have a value for. And accounts at the SIP registrar, of which only the name and the password must be given:
+
+    "sip": {"users": [{"name": "5511999990000", "password": "…", "auth_user": "…", "domain": "…", "realm": "…"}]}
+
+If there is to be a drachtio (`--drachtio-port`), its secret, and whom it asks where a call should go:
+
+    "drachtio": {"secret": "…", "dispatch_url": "http://127.0.0.1:8000/api/sip/dispatch", "dispatch_key": "…"}
 """
 
 from dataclasses import dataclass, field
@@ -146,10 +152,42 @@ class BaileysHost(msgspec.Struct, frozen=True):
     gateways: tuple[BaileysGateway, ...] = ()
 
 
+class SipUser(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One account at the SIP registrar.
+
+    name       the user of its address of record
+    auth_user  of its credentials, if it is another
+    domain     the only one that will do; else any
+    realm      of challenges; else the domain that was asked for
+    """
+
+    name: Annotated[str, Meta(min_length=1, max_length=200)]
+    password: str
+    auth_user: str | None = None
+    domain: str | None = None
+    realm: str | None = None
+
+
+class SipHost(msgspec.Struct, frozen=True):
+    """The registrar."""
+
+    users: tuple[SipUser, ...] = ()
+
+
+class DrachtioHost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One drachtio; without a `dispatch_url` calls are refused."""
+
+    secret: str = "sandbox-drachtio"  # noqa: S105 - nobody's
+    dispatch_url: Annotated[str, Meta(pattern=r"^https?://[!-~]+$")] | None = None
+    dispatch_key: str = ""
+
+
 class Config(msgspec.Struct, frozen=True):
     apps: tuple[App, ...] = ()
     megaapi: MegaHost = MegaHost()
     baileys: BaileysHost = BaileysHost()
+    sip: SipHost = SipHost()
+    drachtio: DrachtioHost = DrachtioHost()
 
     def by_channel(self) -> dict[str, tuple[App, Channel]]:
         return {channel.name: (app, channel) for app in self.apps for channel in app.channels}
@@ -199,6 +237,9 @@ def _parse(raw: bytes) -> Config:
     gateways = [gateway.name for gateway in config.baileys.gateways]
     if len(set(gateways)) < len(gateways):
         raise ConfigError("baileys.gateways: a name is listed twice")
+    users = [user.name for user in config.sip.users]
+    if len(set(users)) < len(users):
+        raise ConfigError("sip.users: a name is listed twice")
     return config
 
 

@@ -144,9 +144,8 @@ class Registrar:
             try:
                 left = await self._begin_what_is_due()
             except Exception as error:
-                if not is_store_trouble(error):
+                if not _may_pass(error):
                     raise
-                _log.warning("registrations_wait_for_a_store", error=log.described(error))
             if once and not left and not self._held:
                 return
             with suppress(TimeoutError):
@@ -301,9 +300,8 @@ class Registrar:
             try:
                 ours = await asyncio.to_thread(self._renew, [one.key for one in held])
             except Exception as error:
-                if not is_store_trouble(error):
+                if not _may_pass(error):
                     raise
-                _log.warning("registrations_wait_for_a_store", error=log.described(error))
                 continue
             for one in held:
                 if one.key[1] in ours:
@@ -323,10 +321,9 @@ class Registrar:
             while True:
                 try:
                     more = await _sip_reports.tell(told)
-                except Exception as error:
-                    if not is_store_trouble(error):
-                        raise
-                    _log.warning("registrations_wait_for_a_store", error=log.described(error))
+                except Exception as error:  # whatever it is, nobody stays unregistered for it
+                    if not _may_pass(error):
+                        _log.error("sip_reports_broke", traceback=log.redacted(error))
                     more = False
                 await asyncio.sleep(0.05 if more else _LOOK)
 
@@ -416,13 +413,20 @@ async def _patiently(work: Callable[..., object], *given: object) -> bool:
         try:
             await asyncio.to_thread(work, *given)
         except Exception as error:
-            if not is_store_trouble(error) and not db.is_worth_rerunning(error):
+            if not _may_pass(error):
                 _log.error("sip_not_written", traceback=log.redacted(error))
                 return False
-            _log.warning("registrations_wait_for_a_store", error=log.described(error))
             await asyncio.sleep(0.5)
         else:
             return True
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same is worth trying again; it is logged then."""
+    if not is_store_trouble(error) and not db.is_worth_rerunning(error):
+        return False
+    _log.warning("registrations_wait_for_a_store", error=log.described(error))
+    return True
 
 
 def _in_a_transaction(work: Callable[..., object], *given: object) -> None:

@@ -18,7 +18,9 @@ def sandbox(given: Namespace) -> int:
     from sandbox.app import main
 
     config = given.config or str(data_folder() / "sandbox.json")
-    return main(["--port", str(given.port), "--config", config])
+    ports = {"--sip-port": given.sip_port, "--drachtio-port": given.drachtio_port}
+    more = [word for option, port in ports.items() if port is not None for word in (option, port)]
+    return main(["--port", str(given.port), "--config", config, *more])
 
 
 def say(given: Namespace) -> int:
@@ -287,6 +289,124 @@ def baileys_faults(given: Namespace) -> int:
         more = {name: getattr(given, name) for name in names}
         _asked(lambda url: client.baileys_faults(url, given.kind, **more), given)
     return _faults_told(_asked(client.baileys_faults, given)["faults"], given)
+
+
+# SIP registrar
+
+
+def sip_users(given: Namespace) -> int:
+    """All of them, after adding one."""
+    from sandbox import client
+
+    if given.add is not None:
+        new = {"name": given.add, "password": given.password, "auth_user": given.auth_user}
+        _asked(lambda url: client.sip_users(url, **new), given)
+    found = _asked(client.sip_users, given)["users"][: given.limit]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("name", "registered", "registers", "last_code", "overlaps")
+    rows = [{column: one[column] for column in columns} | {"gaps": len(one["gaps"])} for one in found]
+    table(rows, empty="there is no account")
+    return 0
+
+
+def sip_habit(given: Namespace) -> int:
+    """Set one, or list them."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(lambda url: client.sip_clear_habits(url, given.user), given)
+    if given.keys:
+        keys = dict(map(_key_and_value, given.keys))
+        who = {"domain": given.domain, "next": given.next, "when": given.when}
+        _asked(lambda url: client.sip_habit(url, given.user, **who, **keys), given)
+    found = _asked(client.sip_habits, given)["habits"]
+    if given.json:
+        as_json(found)
+        return 0
+    known = ("id", "user", "domain", "next", "when", "met")
+    rows: list[dict[str, object]] = [
+        {
+            "id": one["id"],
+            "who": one.get("user") or one.get("domain") or "all",
+            "when": one["when"],
+            "next": one.get("next"),
+            "met": one["met"],
+            "does": " ".join(f"{key}={value}" for key, value in one.items() if key not in known),
+        }
+        for one in found
+    ]
+    table(rows, empty="it does what it should")
+    return 0
+
+
+def sip_bindings(given: Namespace) -> int:
+    """Those that live, with the seconds that they still have."""
+    import time
+
+    from sandbox import client
+
+    if given.user is not None:
+        users = [_asked(lambda url: client.sip_state(url, given.user), given)]
+    else:
+        users = _asked(client.sip_users, given)["users"]
+    found = [{"user": user["name"], **binding} for user in users for binding in user["bindings"]]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("user", "contact", "source", "transport", "granted", "call_id", "cseq")
+    rows = [
+        {column: one[column] for column in columns} | {"left": round(one["expires_at"] - time.time())} for one in found
+    ]
+    table(rows, empty="nobody is registered")
+    return 0
+
+
+def sip_calls(given: Namespace) -> int:
+    """The latest ones, newest last."""
+    from sandbox import client
+
+    if given.clear:
+        _asked(client.sip_clear, given)
+    if given.summary:
+        as_json(_asked(client.sip_summary, given))
+        return 0
+    only = {"limit": given.limit, "user": given.user}
+    found = _asked(lambda url: client.sip_transactions(url, **only), given)["transactions"]
+    if given.json:
+        as_json(found)
+        return 0
+    columns = ("n", "user", "method", "cseq", "transport", "source", "expires", "was_authorized", "retransmissions")
+    rows = [
+        {column: one[column] for column in columns}
+        | {"codes": " ".join(map(str, one["codes"])), "complaints": ", ".join(one["complaints"])}
+        for one in found
+    ]
+    table(rows, empty="nothing was asked")
+    return 0
+
+
+def sip_invite(given: Namespace) -> int:
+    """A call, which is hung up as soon as somebody takes it."""
+    from sandbox import client
+
+    answer = _asked(lambda url: client.sip_invite(url, given.user, received=given.received or None), given)
+    tell(f"{answer['request_uri']} at {answer['to']}: {answer['status'] or 'no answer'}")
+    return 0 if answer["status"] is not None else 1
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    """`key=value`; a value is JSON if it can be, else a text."""
+    import json
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SandboxAway(f"a habit is key=value, such as code=503, not {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def _delivered(told: str, answer: dict[str, Any]) -> int:

@@ -120,7 +120,8 @@ def a_registering_worker() -> Iterator[Registrar]:
     try:
         yield made[0][1]
     finally:
-        made[0][0].call_soon_threadsafe(made[0][1].stop)
+        if thread.is_alive():
+            made[0][0].call_soon_threadsafe(made[0][1].stop)
         thread.join(PATIENCE)
     assert not failures, failures
 

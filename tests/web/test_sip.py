@@ -356,8 +356,8 @@ REGISTERED = b'{"registerStatus": "registered"'
         (REGISTERED + b', "lastRegisterAt": "yesterday"}', 422, "$.lastRegisterAt"),
         (REGISTERED + b', "lastRegisterAt": "0001-01-01T00:00:00+14:00"}', 422, "$.lastRegisterAt"),
         (REGISTERED + b', "lastRegisterAt": "9999-12-31T23:59:59-14:00"}', 422, "$.lastRegisterAt"),
-        (REGISTERED + f', "lastRegisterAt": "{ago(minutes=-7)}"}}'.encode(), 422, "$.lastRegisterAt"),
-        (REGISTERED + f', "expires": "{ago(days=-31)}"}}'.encode(), 422, "$.expires"),
+        (REGISTERED + b', "lastRegisterAt": "IN 7 MINUTES"}', 422, "$.lastRegisterAt"),
+        (REGISTERED + b', "expires": "IN 31 DAYS"}', 422, "$.expires"),
         (REGISTERED + b', "registerError": "' + b"x" * 501 + b'"}', 422, "$.registerError"),
         (REGISTERED + b', "registerError": 5}', 422, "$.registerError"),
         (REGISTERED + b', "registerError": "a\\u0000b"}', 422, "$.registerError"),
@@ -371,6 +371,7 @@ def test_a_hostile_body_changes_nothing(
 ) -> None:
     account, key = told_to
 
+    body = body.replace(b"IN 7 MINUTES", ago(minutes=-7).encode()).replace(b"IN 31 DAYS", ago(days=-31).encode())
     answer = told(web, account, key, body)
 
     assert answer.status in (status if isinstance(status, tuple) else (status,)), answer.body
