@@ -32,11 +32,12 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--sandbox-port", type=int, default=None, help="of the simulated providers (9010, or a free one if it is taken)"
     )
+    up.add_argument("--sip-port", type=int, default=None, help="of the simulated SIP registrar (likewise; 5070)")
     up.add_argument("--no-sandbox", action="store_true", help="without the simulated providers")
     up.add_argument(
         "--procs",
         default=None,
-        help="only these, comma-separated (web,worker,media,upkeep,sessions,fixer,follower,clock,sandbox)",
+        help="only these, comma-separated (web,worker,media,upkeep,sessions,fixer,sip,follower,clock,sandbox)",
     )
     up.add_argument("--pg-port", type=int, default=None, help="also listen on this loopback port, with a password")
     up.add_argument("--redis-port", type=int, default=None, help="likewise for Valkey")
@@ -61,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     sandbox = _add(commands, "sandbox", "sandbox:sandbox", "the simulated providers, or a word to them")
     sandbox.add_argument("--port", type=int, default=9010, help="of its control port (9010)")
     sandbox.add_argument("--config", default=None, help="apps and channels to play (.pombal/sandbox.json)")
+    sandbox.add_argument("--drachtio-port", default=None, help="of a drachtio (none; 0: any)")
+    sandbox.add_argument("--sip-port", default=None, help="of its SIP registrar (5070, or a free one; or `off`)")
     words = sandbox.add_subparsers(dest="word", metavar="WORD")
     say = _add(words, "say", "sandbox:say", "a customer writes a text")
     say.add_argument("text")
@@ -203,6 +206,30 @@ def parser() -> argparse.ArgumentParser:
     faults.formatter_class = argparse.RawDescriptionHelpFormatter
     faults.epilog = "\n".join(["kinds:", *(f"  {kind:<17} {does}" for kind, does in BAILEYS_KINDS.items())])
 
+    sip = _group(words, "sip", "a word to the simulated SIP registrar")
+    users = _add(sip, "users", "sandbox:sip_users", "its accounts and how they stand, or one more", as_json=True)
+    users.add_argument("--add", default=None, metavar="NAME", help="with --password; or another password for one")
+    users.add_argument("--password", default="s3cret", help="of the new one (s3cret)")
+    users.add_argument("--auth-user", default=None, help="of its credentials, if it is another")
+    users.add_argument("--limit", type=int, default=20)
+    habit = _add(sip, "habit", "sandbox:sip_habit", "let it do so, list what it does, or end that", as_json=True)
+    habit.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="such as code=503 retry_after=120, or silent=all")
+    habit.add_argument("--user", default=None, help="only this account")
+    habit.add_argument("--domain", default=None, help="only accounts that name this domain")
+    habit.add_argument("--next", type=int, default=None, help="only the next so many transactions")
+    habit.add_argument("--when", default=None, choices=("any", "first", "authorized"), help="which transactions")
+    habit.add_argument("--clear", action="store_true", help="end the user's, or all, before setting one")
+    bindings = _add(sip, "bindings", "sandbox:sip_bindings", "where calls for the accounts go", as_json=True)
+    bindings.add_argument("--user", default=None, help="only this account")
+    calls = _add(sip, "calls", "sandbox:sip_calls", "what the simulated registrar was asked", as_json=True)
+    calls.add_argument("--limit", type=int, default=20)
+    calls.add_argument("--user", default=None, help="only this account")
+    calls.add_argument("--summary", action="store_true", help="counts instead")
+    calls.add_argument("--clear", action="store_true", help="forget them, and set all counts to zero")
+    invite = _add(sip, "invite", "sandbox:sip_invite", "a call comes in for an account")
+    invite.add_argument("user")
+    invite.add_argument("--received", action="store_true", help="to where its REGISTER came from, not to its Contact")
+
     tenant = _group(commands, "tenant", "companies")
     create = _add(tenant, "create", "admin:create_tenant", "a new tenant", as_json=True)
     create.add_argument("slug")
@@ -311,6 +338,54 @@ def parser() -> argparse.ArgumentParser:
             help="of a record that names the session (whatsappId, session, …); `prefix`: the name before the bar",
         )
         whose.add_argument("--channel", default=None, metavar=meaning, help="the log is of this session alone")
+
+    sip = _group(commands, "sip", "SIP accounts: their registration at providers")
+    create = _add(sip, "create", "sip:create", "a new account, registered at once", as_json=True)
+    create.add_argument("tenant")
+    create.add_argument("--name", required=True)
+    create.add_argument("--host", required=True, help="the provider's domain or address, without a port")
+    create.add_argument("--username", required=True, help="the user of the address of record")
+    create.add_argument("--port", type=_count(65_535), default=None, help="of the registrar or proxy (by DNS, or 5060)")
+    create.add_argument("--transport", choices=["udp", "tcp", "tls"], default="udp", help="udp")
+    create.add_argument("--proxy", default=None, metavar="HOST", help="that requests go to in place of --host")
+    create.add_argument("--no-md5", action="store_true", help="refuse a registrar that offers MD5 alone")
+    change = _add(sip, "change", "sip:change", "change an account; '' takes a value away. It is registered anew")
+    change.epilog = (
+        "Host, port, transport, proxy and username are what an account is: for another one of those create another "
+        "account, then remove this one."
+    )
+    change.add_argument("--md5", action=on_or_off, default=None, help="whether a registrar may ask for MD5")
+    for word, interval in ((create, 300), (change, None)):
+        word.add_argument("--password-stdin", action="store_true", help="the password is on one line of standard input")
+        word.add_argument("--auth-username", default=None, help="of the credentials, where it is not the username")
+        word.add_argument(
+            "--interval", type=_count(86_400, 60), default=interval, help="seconds that are asked for (300)"
+        )
+        word.add_argument(
+            "--sender",
+            choices=["auto", "direct", "drachtio", "external"],
+            default=None,
+            help="auto: drachtio where DRACHTIO_HOST is set, else direct; external: a controller, which tells us",
+        )
+        word.add_argument("--contact-host", default=None, metavar="HOST[:PORT]", help="that calls come to, if direct")
+        word.add_argument("--target", default=None, metavar="URI", help="that dispatch sends its calls to: sip:…")
+        word.add_argument("--external-id", default=None, help="its id at the backend that is told how it stands")
+    listing = _add(sip, "list", "sip_standing:listing", "the accounts, and how each stands", as_json=True)
+    listing.add_argument("tenant", nargs="?", default=None, help="only this one's")
+    listing.add_argument("--status", choices=["pending", "registered", "failed"], default=None, help="only those")
+    display = _add(sip, "show", "sip_standing:show", "all that is known of one account", as_json=True)
+    register = _add(sip, "register", "sip:register", "register one now, and wait for what comes of it")
+    register.add_argument("--dry-run", action="store_true", help="tell what would be done; only DNS is asked")
+    register.add_argument("--allow-downgrade", action="store_true", help="forget which digest was accepted last")
+    register.add_argument("--take-over", action="store_true", help="make an account of a controller ours")
+    leave = _add(sip, "unregister", "sip:unregister", "end a binding, and begin none until `register`")
+    for word in (register, leave):
+        word.add_argument("--wait", type=_count(600, 0), default=40, metavar="SECONDS", help="0: do not wait (40)")
+    remove = _add(sip, "remove", "sip:remove", "end its binding, then forget it")
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+    for word in (change, display, register, leave, remove):
+        word.add_argument("account", help="TENANT/NAME, its name, its id, or the end of that")
+        word.add_argument("--tenant", default=None, help="only this one's accounts")
 
     template = _group(commands, "template", "message templates, and what Meta thinks of them")
     sync = _add(template, "sync", "templates:sync", "ask Meta for all of them", as_json=True)
@@ -432,12 +507,12 @@ def default_data() -> str:
     return str(data_folder())
 
 
-def _count(most: int) -> Callable[[str], int]:
-    """A number from 1 to `most`, for argparse."""
+def _count(most: int, fewest: int = 1) -> Callable[[str], int]:
+    """A number from `fewest` to `most`, for argparse."""
 
     def count(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text[:12]) <= most:
-            raise argparse.ArgumentTypeError(f"must be a number from 1 to {most}")
+        if not text.isdecimal() or not fewest <= int(text[:12]) <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from {fewest} to {most}")
         return int(text)
 
     return count

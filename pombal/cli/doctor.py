@@ -121,6 +121,7 @@ def _postgres() -> Iterator[Finding]:
             yield from _left_to_people()
         if not check_secrets(settings()):
             yield from _baileys()
+            yield from _sip()
     except Misconfigured as error:
         yield Finding("error", str(error))
     except DBAPIError as error:
@@ -194,6 +195,12 @@ def _baileys() -> Iterator[Finding]:
     from pombal.cli import doctor_baileys  # which needs what is here
 
     yield from doctor_baileys.findings()
+
+
+def _sip() -> Iterator[Finding]:
+    from pombal.cli import doctor_sip  # which needs what is here
+
+    yield from doctor_sip.findings()
 
 
 def _default_host() -> str:

@@ -37,15 +37,18 @@ from pombal.supervisor import Command, Supervisor
 if TYPE_CHECKING:
     from models import Channel, Tenant
 
-_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "follower", "clock")
-_APART = ("download_media", "status_sync", "channel_session", "session_fixer")  # queues with a process of their own
+_PROCESSES = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "sip", "follower", "clock")
+# Queues with a process of their own.
+_APART = ("download_media", "status_sync", "channel_session", "session_fixer", "sip_refresh")
 _SANDBOX_PORT = 9010
+_SIP_PORT = 5070
 _PERSON = "5511944440001"
 _GATEWAYS_NUMBER = "5511955550200"
 _BAILEYS_NUMBER = "5511955550300"
 _BAILEYS_GATEWAY = "demo"  # its name at the sandbox
 _REFRESH = {"refresh_contact": "POST /whatsapp/{session}/refresh/{jid}"}  # what no fork has: the simulated one
 _LOOPBACK = "127.0.0.1/32"
+_SIP_USER = "5511955550400"
 # What the simulated Meta has approved of the demo channel, and what it has not.
 _TEMPLATES = [
     {"name": name, "language": language, "status": status, "category": category}
@@ -71,6 +74,8 @@ def up(given: Namespace) -> int:
     _require_free_port(given.port, "--port")
     if given.sandbox_port:
         _require_free_port(given.sandbox_port, "--sandbox-port")
+    if given.sip_port:
+        _require_free_port(given.sip_port, "--sip-port")
     ending = _Ending().installed()
     with ExitStack() as running:
         data.mkdir(parents=True, exist_ok=True)
@@ -81,11 +86,12 @@ def up(given: Namespace) -> int:
         with _step("migrations"):
             upgrade()
         sandbox_port = given.sandbox_port or _free_port(_SANDBOX_PORT)
+        sip_port = given.sip_port or _free_sip_port(_SIP_PORT)
         if not given.no_sandbox:
             _send_to_sandbox(data, f"http://127.0.0.1:{sandbox_port}")
         with _step("demo tenant"):
-            demo = _seed(data, given.port, sandbox_port)
-        supervisor = Supervisor(_commands(wanted, data, given.port, sandbox_port), data=data)
+            demo = _seed(data, given.port, sandbox_port, sip_port)
+        supervisor = Supervisor(_commands(wanted, data, given.port, sandbox_port, sip_port), data=data)
         running.enter_context(_kept_alive(servers, supervisor))
         threading.Thread(
             target=_welcome, args=(supervisor, demo, wanted, given.port, began, data), name="welcome", daemon=True
@@ -162,8 +168,10 @@ def _start_servers(running: ExitStack, given: Namespace, data: Path) -> list[Ser
 
 
 def _send_to_sandbox(data: Path, url: str) -> None:
-    """Let messages be sent to the simulated Meta, and a gateway on this machine be reached, unless told otherwise."""
-    for name, value in (("WHATSAPP_GRAPH_URL", url), ("MEDIA_ALLOWED_NETWORKS", _LOOPBACK)):
+    """Let messages be sent to the simulated Meta, and a gateway and a registrar on this machine be reached, unless told
+    otherwise."""
+    near = {"MEDIA_ALLOWED_NETWORKS": _LOOPBACK, "SIP_ALLOWED_NETWORKS": "127.0.0.0/8"}
+    for name, value in {"WHATSAPP_GRAPH_URL": url, **near}.items():
         if os.environ.get(name, "") in ("", read_env(data).get(name)):  # a shell may export what an earlier start wrote
             os.environ[name] = value
             settings.cache_clear()
@@ -178,18 +186,21 @@ def _secret_keys(data: Path) -> str:
     return file.read_text().strip()
 
 
-def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
-    """A demo tenant with a channel of each kind, `demo.json` and the sandbox's configuration. Safe to repeat."""
+def _seed(data: Path, port: int, sandbox_port: int, sip_port: int) -> dict[str, Any]:
+    """A demo tenant with a channel of each kind and a SIP account, `demo.json`, the sandbox's part. Safe to repeat."""
     base_url, sandbox_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{sandbox_port}"
     file = data / "demo.json"
     demo: dict[str, Any] = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
-    demo = _demo_tenant(demo, sandbox_url, data)
+    demo = _demo_tenant(demo, sandbox_url, data, sip_port)
     given = settings()
     demo |= {
         "base_url": base_url,
         "database_url": given.require_database(),
         "redis_url": given.require_redis(),
-        "sandbox": {"meta": sandbox_url, "megaapi": sandbox_url, "baileys": sandbox_url},
+        "sandbox": {
+            **dict.fromkeys(("meta", "megaapi", "baileys"), sandbox_url),
+            "sip": f"127.0.0.1:{sip_port}",
+        },
     }
     _write(file, demo)
     (data / "gateway.log").touch(mode=0o600)  # followed from now on
@@ -204,6 +215,8 @@ def _seed(data: Path, port: int, sandbox_port: int) -> dict[str, Any]:
         extra["WHATSAPP_GRAPH_URL"] = given.whatsapp_graph_url
     if given.media_allowed_networks:
         extra["MEDIA_ALLOWED_NETWORKS"] = given.media_allowed_networks
+    if given.sip_allowed_networks:
+        extra["SIP_ALLOWED_NETWORKS"] = given.sip_allowed_networks
     if given.whatsapp_stub_fast:
         extra["WHATSAPP_STUB_FAST"] = "1"
     write_env(data, given.require_database(), given.require_database_owner(), given.require_redis(), extra)
@@ -257,10 +270,15 @@ def _played(demo: dict[str, Any], base_url: str, data: Path) -> dict[str, Any]:
         }
     ]
     megaapi = {"host_token": None, "instances": instances}
-    return {"apps": apps, "megaapi": megaapi, "baileys": {"gateways": gateways}}
+    users = [
+        {"name": account["username"], "password": account["password"]}
+        for tenant in demo["tenants"]
+        for account in tenant["sip"]
+    ]
+    return {"apps": apps, "megaapi": megaapi, "baileys": {"gateways": gateways}, "sip": {"users": users}}
 
 
-def _demo_tenant(kept: dict[str, Any], sandbox_url: str, data: Path) -> dict[str, Any]:
+def _demo_tenant(kept: dict[str, Any], sandbox_url: str, data: Path, sip_port: int) -> dict[str, Any]:
     """What `demo.json` has to say of the demo tenant: what it said, if the database agrees, else what is found or made.
 
     An earlier start may have been killed between the database and the file, or have used another database.
@@ -278,13 +296,14 @@ def _demo_tenant(kept: dict[str, Any], sandbox_url: str, data: Path) -> dict[str
         _demo_baileys(tenant, sandbox_url, data),
         _demo_stub(tenant),
     ]
+    sip = [_demo_sip(tenant, sip_port)]
     if kept.get("tenants") and kept["tenants"][0]["channels"][0]["id"] == channels[0]["id"]:
         ours = {channel["id"] for channel in channels}
         others = [channel for channel in kept["tenants"][0]["channels"] if channel["id"] not in ours]
-        kept["tenants"][0]["channels"] = channels + others
+        kept["tenants"][0] |= {"channels": channels + others, "sip": sip}
         return kept
     _, api_key = admin.add_key(tenant.id, "demo")
-    return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": channels, "sip": []}]}
+    return {"tenants": [{"slug": "demo", "api_key": api_key, "channels": channels, "sip": sip}]}
 
 
 def _demo_meta(tenant: "Tenant") -> dict[str, Any]:
@@ -397,6 +416,30 @@ def _demo_stub(tenant: "Tenant") -> dict[str, Any]:
     return {"id": str(channel.id), "kind": channel.kind, "name": channel.name}
 
 
+def _demo_sip(tenant: "Tenant", port: int) -> dict[str, Any]:
+    """An account at the simulated registrar, wherever that is this time; workers register it, whoever else could."""
+    from sqlalchemy import select
+
+    from models import SipRegistration, SipSender
+    from pombal import db
+    from pombal.cli import sip
+    from pombal.secrets import unseal
+
+    name = "demo-sip"
+    where = (SipRegistration.tenant_id == tenant.id, SipRegistration.name == name, SipRegistration.removed_at.is_(None))
+    with db.session([tenant.id]) as s:
+        account = s.scalars(select(SipRegistration).where(*where)).first()
+    if account is None:
+        given = {"port": port, "sender": SipSender.DIRECT, "interval": 120}
+        account = sip.add_account(tenant, name, host="127.0.0.1", username=_SIP_USER, password=new_token(), **given)
+    with db.session([tenant.id]) as s:
+        if account.host == "127.0.0.1":  # its registrar is a new one, which knows of no binding
+            SipRegistration.change(s, tenant.id, account.id, port=port)
+        sealed = s.get_one(SipRegistration, (tenant.id, account.id)).sealed
+    password = unseal(account.id, sealed)["password"]
+    return {"id": str(account.id), "name": account.name, "username": account.username, "password": password}
+
+
 def _channel_of(tenant: "Tenant", name: str) -> "Channel | None":
     from sqlalchemy import select
 
@@ -429,10 +472,13 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     partial.replace(file)
 
 
-def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int) -> list[Command]:
+def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int, sip_port: int) -> list[Command]:
     python = [sys.executable, "-m", "pombal"]
     arguments = {
-        "sandbox": ["sandbox", "--port", str(sandbox_port), "--config", str(data / "sandbox.json")],
+        "sandbox": [
+            *("sandbox", "--port", str(sandbox_port), "--sip-port", str(sip_port)),
+            *("--config", str(data / "sandbox.json")),
+        ],
         "web": ["web", "--host", "127.0.0.1", "--port", str(port)],
         # Apart, as in the Procfile: a slow download must not keep a thread from webhooks, nor a gateway that hangs one
         # from webhooks or from the rounds over all of them.
@@ -441,6 +487,7 @@ def _commands(wanted: tuple[str, ...], data: Path, port: int, sandbox_port: int)
         "upkeep": ["worker", "status_sync"],
         "sessions": ["worker", "channel_session", "--threads", "8"],
         "fixer": ["worker", "session_fixer"],
+        "sip": ["worker", "sip_refresh", "--threads", "2"],
         "follower": ["session", "follow", str(data / "gateway.log"), "--attribute", "whatsappId"],
         "clock": ["clock"],
     }
@@ -492,7 +539,7 @@ def _welcome(
     lines = [
         "",
         f"  web      http://127.0.0.1:{port}/health  /ready  /metrics",
-        *([f"  sandbox  {demo['sandbox']['meta']}"] if "sandbox" in wanted else []),
+        *([f"  sandbox  {demo['sandbox']['meta']}  sip:{demo['sandbox']['sip']}"] if "sandbox" in wanted else []),
         f"  API key  {tenant['api_key']}",
         f"  scripts  {data / 'demo.json'}",
         "",
@@ -506,6 +553,7 @@ def _welcome(
         "",
         *(_sending(port, tenant["api_key"], pombal) if os.environ.get("WHATSAPP_GRAPH_URL") else []),
         *_gateway(port, tenant, pombal),
+        *([f"  {pombal} sip show demo-sip", ""] if {"sandbox", "sip"} <= set(wanted) else []),
     ]
     supervisor.say(f"ready after {time.monotonic() - began:.1f} s")
     supervisor.show(lines)
@@ -591,6 +639,21 @@ def _free_port(wanted: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _free_sip_port(wanted: int) -> int:
+    """One that is free for UDP as well."""
+    while True:
+        with socket.socket(type=socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except OSError:
+                wanted = 0
+                continue
+            port = int(probe.getsockname()[1])
+            if _is_free(port):
+                return port
+            wanted = 0
 
 
 def _is_free(port: int) -> bool:

@@ -67,7 +67,7 @@ class Fleet:
     def __init__(self, data: Path, *options: str, **environment: str) -> None:
         self.data = data.resolve()
         # Of its own, also for the sandbox: of two fleets that begin at once both would find the usual one free.
-        self.port, self._sandbox_port = free_port(), free_port()
+        self.port, self._sandbox_port, self._sip_port = free_port(), free_port(), free_port()
         self.options = options
         self._environment = environment
         self._output = self.data.with_name(f"{self.data.name}.out")  # not inside: `--reset` deletes that
@@ -110,7 +110,7 @@ class Fleet:
 
     def begin(self, *options: str) -> None:
         """Start without waiting for anything."""
-        ports = ["--port", str(self.port), "--sandbox-port", str(self._sandbox_port)]
+        ports = ["--port", str(self.port), "--sandbox-port", str(self._sandbox_port), "--sip-port", str(self._sip_port)]
         arguments = ["up", "--data", str(self.data), *ports, *self.options, *options]
         with self._output.open("wb") as out:
             self._process = subprocess.Popen(
@@ -183,7 +183,7 @@ class Fleet:
     def wanted(self) -> list[str]:
         if "--procs" in self.options:
             return self.options[self.options.index("--procs") + 1].split(",")
-        names = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "follower", "clock")
+        names = ("sandbox", "web", "worker", "media", "upkeep", "sessions", "fixer", "sip", "follower", "clock")
         return [name for name in names if f"--no-{name}" not in self.options]
 
     # ---------------------------------------------------------------------------------------------------- processes
@@ -227,7 +227,7 @@ class Fleet:
         """SIGKILL and nothing more."""
         pid = self.identity(name)
         assert pid is not None
-        if name in ("worker", "media", "upkeep", "sessions", "fixer"):
+        if name in ("worker", "media", "upkeep", "sessions", "fixer", "sip"):
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)

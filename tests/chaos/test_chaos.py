@@ -314,7 +314,9 @@ def test_up_writes_down_what_scripts_need(fleet: Fleet) -> None:
     assert demo["base_url"] == fleet.url
     assert answers(f"{demo['base_url']}/health")
     (tenant,) = demo["tenants"]
-    assert (set(tenant), tenant["slug"], tenant["sip"]) == ({"slug", "api_key", "channels", "sip"}, "demo", [])
+    assert (set(tenant), tenant["slug"]) == ({"slug", "api_key", "channels", "sip"}, "demo")
+    (account,) = tenant["sip"]
+    assert (set(account), account["name"]) == ({"id", "name", "username", "password"}, "demo-sip")
     channel, on_a_gateway, on_baileys, stub = tenant["channels"]
     fields = {"id", "kind", "name", "phone_number_id", "waba_id", "app_secret", "verify_token", "access_token"}
     assert (set(channel), channel["kind"]) == (fields, "meta")
@@ -323,7 +325,9 @@ def test_up_writes_down_what_scripts_need(fleet: Fleet) -> None:
     fields = {"id", "kind", "name", "gateway", "host", "session", "api_key", "webhook_token"}
     assert (set(on_baileys), on_baileys["kind"]) == (fields, "baileys")
     assert (set(stub), stub["kind"]) == ({"id", "kind", "name"}, "stub")
-    assert demo["sandbox"] == dict.fromkeys(("meta", "megaapi", "baileys"), on_a_gateway["host"])
+    host = dict.fromkeys(("meta", "megaapi", "baileys"), on_a_gateway["host"])
+    assert demo["sandbox"] == host | {"sip": demo["sandbox"]["sip"]}
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", demo["sandbox"]["sip"])
     bearer = {"Authorization": f"Bearer {tenant['api_key']}"}
     mine = httpx.get(f"{fleet.url}/api/v1/channels", headers=bearer, trust_env=False).json()
     assert {one["id"] for one in mine["data"]} == {one["id"] for one in tenant["channels"]}

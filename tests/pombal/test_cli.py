@@ -372,7 +372,8 @@ def test_a_job_that_cannot_run_is_not_enqueued(
 
 
 def test_a_worker_for_no_queue_does_not_start(terminal: Terminal) -> None:
-    there_are = "channel_session, download_media, incoming_message, outgoing_message, session_fixer, status_sync"
+    there_are = "channel_session, download_media, incoming_message, outgoing_message, session_fixer, sip_refresh, "
+    there_are += "status_sync"
     said = terminal.refused("worker", "incoming_mesage")
     assert said == f"there is no queue incoming_mesage; there are {there_are}"
 

@@ -1,0 +1,305 @@
+"""SIP accounts by hand: made, changed, registered now, un-registered, removed (docs/sip.md).
+
+A command writes the account's row and rings; a worker of `sip_refresh` does what it says, and the command tells what
+comes of it. A password comes in by standard input and is never said again.
+"""
+
+import re
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from getpass import getpass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
+
+from models import SipRegistration, SipSender, Tenant
+from pombal import db, log
+from pombal.cli import say
+from pombal.cli import sip_standing as standing
+from pombal.cli.admin import Refused, tenant_named
+from pombal.cli.admin import show as tell
+from pombal.cli.sip_standing import Found, account_named, span
+from pombal.errors import Rejected
+from pombal.secrets import unseal
+from pombal.settings import require_secrets
+from providers import sip_words
+from providers.sip import Kind
+from providers.sip_message import parse_uri
+
+_NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
+_EXTERNAL_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~:-]{1,128}", re.ASCII)
+_LONGEST_LINE = 1024  # characters of standard input that may be a password
+_LONGEST_URI = 255
+_POLL = 0.2  # seconds between two looks at an account that is waited for
+_NOBODY = 10.0  # seconds after which nobody seems to work
+
+
+def create(given: Namespace) -> int:
+    """A new account, which a worker registers at once."""
+    require_secrets()
+    tenant = tenant_named(given.tenant)
+    is_external = given.sender == SipSender.EXTERNAL
+    if not given.password_stdin and not is_external:
+        raise Refused("--password-stdin is required: the password comes on one line of standard input")
+    values = {name: value for name, value in _checked(given).items() if value is not None}
+    account = add_account(
+        tenant,
+        given.name,
+        host=sip_words.check_host(given.host),
+        username=sip_words.check_user(given.username),
+        password=_password() if given.password_stdin else "",
+        port=given.port,
+        transport=given.transport,
+        proxy=sip_words.check_host(given.proxy) if given.proxy else None,
+        allows_md5=not given.no_md5,
+        **values,
+    )
+    _ring()
+    told = {"id": account.id, "name": account.name, "host": account.host, "contact_user": account.contact_token}
+    tell(given, told)
+    if not given.json:
+        name = f"{tenant.slug}/{account.name}"
+        said = "its controller says how it stands" if is_external else f"`pombal sip show {name}` says how it stands"
+        say(said)
+    return 0
+
+
+def add_account(tenant: Tenant, name: str, *, host: str, username: str, password: str, **given: Any) -> SipRegistration:
+    """A new account of checked values, due at once. Raises `Refused` for a name that is taken or cannot be one."""
+    if not _NAME.fullmatch(name) or name != name.strip():
+        raise Refused("a name has 1 to 64 letters, digits, blanks, dots, underscores, hyphens; the first is no sign")
+    account = SipRegistration.make(tenant.id, name=name, host=host, username=username, password=password, **given)
+    try:
+        with db.session([tenant.id]) as s:
+            s.add(account)
+    except IntegrityError:
+        raise Refused(f"{tenant.slug} has a SIP account of that name already") from None
+    return account
+
+
+def change(given: Namespace) -> int:
+    """Change how an account authenticates, is sent or routed. It is registered anew with that at once."""
+    require_secrets()
+    found = account_named(given.account, given.tenant)
+    values = _checked(given)
+    if given.md5 is not None:
+        values["allows_md5"] = given.md5
+    password = _password() if given.password_stdin else None
+    if not values and password is None:
+        raise Refused("nothing is to be changed: say what")
+    before, after = found.row["sender"], values.get("sender", found.row["sender"])
+    if before == SipSender.EXTERNAL != after and password is None:
+        _require_password(found)
+    with db.session([found.row["tenant_id"]]) as s:
+        if not SipRegistration.change(s, *found.ids, password=password, **values):
+            raise Refused(f"{found.name} was removed meanwhile")
+    _ring()
+    if after == SipSender.EXTERNAL:
+        say("changed; nothing is sent from here any more, and a binding of ours ends by itself")
+    else:
+        say("changed; it is registered anew" if found.row["is_enabled"] else "changed; it is still disabled")
+    return 0
+
+
+def register(given: Namespace) -> int:
+    """Register it now, before all others, and wait for what comes of it. Exit code 0 once it is registered."""
+    found = account_named(given.account, given.tenant)
+    if given.dry_run:
+        from pombal.cli.sip_dry import foretell  # imports the fleet
+
+        return foretell(found, takes_over=given.take_over, allows_downgrade=given.allow_downgrade)
+    more: dict[str, Any] = {}
+    if found.row["sender"] == SipSender.EXTERNAL:
+        if not given.take_over:
+            what = "is registered by a controller, and two senders would undo each other's bindings"
+            raise Refused(f"{found.name} {what}: stop it there, then say --take-over")
+        _require_password(found)
+        more["sender"] = SipSender.AUTO
+    if given.allow_downgrade:
+        more["algorithm"] = None
+    with db.session([found.row["tenant_id"]]) as s:
+        if not SipRegistration.ask(s, *found.ids, **more):
+            raise Refused(f"{found.name} was removed meanwhile")
+    _ring()
+    return _followed(found, given.wait, _registered)
+
+
+def unregister(given: Namespace) -> int:
+    """End its binding, and begin none until `register`. Exit code 0 once nothing is bound."""
+    found = account_named(given.account, given.tenant)
+    _refuse_of_controller(found)
+    with db.session([found.row["tenant_id"]]) as s:
+        if not SipRegistration.disable(s, *found.ids):
+            raise Refused(f"{found.name} was removed meanwhile")
+    _ring()
+    return _followed(found, given.wait, _unregistered)
+
+
+def remove(given: Namespace) -> int:
+    """End its binding, then forget it."""
+    found = account_named(given.account, given.tenant)
+    if not given.yes:
+        say(f"{found.name} gets no calls any more, and its password is forgotten")
+        if not sys.stdin.isatty():
+            raise Refused("say --yes to remove it")
+        if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise Refused("nothing was done")
+    tenant_id, id_ = found.ids
+    with db.session([tenant_id]) as s:
+        if found.row["sender"] == SipSender.EXTERNAL:  # there is nothing of ours to end
+            s.execute(delete(SipRegistration).where(SipRegistration.tenant_id == tenant_id, SipRegistration.id == id_))
+        else:
+            SipRegistration.remove(s, tenant_id, id_)
+    _ring()
+    say("removed; a binding that is left is being ended, and the name is free")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _checked(given: Namespace) -> dict[str, Any]:
+    """What `create` and `change` both take, as it is to be kept; what was not given is left out, and '' is none."""
+    checks: dict[str, Callable[[str], Any]] = {
+        "auth_username": sip_words.check_auth_user,
+        "contact_host": sip_words.check_contact_host,
+        "target": check_target,
+        "external_id": _check_external_id,
+    }
+    values = {name: getattr(given, name) for name in ("interval", "sender") if getattr(given, name) is not None}
+    for name, check in checks.items():
+        text = getattr(given, name)
+        if text is not None:
+            values[name] = check(text) if text else None
+    return values
+
+
+def check_target(text: str) -> str:
+    """A SIP URI that calls go to. Raises `Rejected`, without repeating it: an application puts it into a message."""
+    is_plain = text.isascii() and text.isprintable() and not re.search(r"[\s\"<>,]", text)
+    uri = parse_uri(text) if is_plain and len(text) <= _LONGEST_URI else None
+    if uri is None or uri.scheme.lower() not in ("sip", "sips") or not uri.host:
+        raise Rejected("the target must be a SIP URI such as sip:trunk@example.sip.livekit.cloud, without < and >")
+    return text
+
+
+def _check_external_id(text: str) -> str:
+    if not _EXTERNAL_ID.fullmatch(text):
+        raise Rejected("an external id has 1 to 128 letters, digits, dots, underscores, tildes, colons or hyphens")
+    return text
+
+
+def _password() -> str:
+    """One line of standard input; of a terminal without an echo. Raises `Refused` or `Rejected`."""
+    if sys.stdin.isatty():
+        line = getpass("password: ")
+    else:
+        try:
+            line = sys.stdin.readline(_LONGEST_LINE + 2)
+        except UnicodeDecodeError:
+            raise Refused("the password on standard input is not UTF-8") from None
+    password = line.removesuffix("\n").removesuffix("\r")
+    if not password:
+        raise Refused("there is no password on standard input")
+    if len(password) > _LONGEST_LINE:
+        raise Refused(f"the line on standard input has more than {_LONGEST_LINE} characters")
+    return sip_words.check_password(password)
+
+
+def _refuse_of_controller(found: Found) -> None:
+    if found.row["sender"] == SipSender.EXTERNAL:
+        raise Refused(f"{found.name} is registered by a controller: un-register it there, or `pombal sip remove` it")
+
+
+def _require_password(found: Found) -> None:
+    """Of an account that is no longer its controller's: it may have been made without one."""
+    tenant_id, id_ = found.ids
+    query = select(SipRegistration.sealed).where(SipRegistration.tenant_id == tenant_id, SipRegistration.id == id_)
+    with db.session([tenant_id]) as s:
+        sealed = s.scalars(query).one()
+    if not unseal(id_, sealed)["password"]:
+        raise Refused(f"{found.name} has no password: `pombal sip change {found.name} --password-stdin` gives it one")
+
+
+# --------------------------------------------------------------------------------------------------- what comes of it
+
+
+def _ring() -> None:
+    """Have it worked on at once. While Redis is away the worker finds it by itself, within a second."""
+    from workers.sip_refresh import ring_registrar  # imports the fleet
+
+    log.setup()
+    ring_registrar()
+
+
+def _followed(found: Found, seconds: int, result: Callable[[Found], int]) -> int:
+    """Tell what happens until an attempt that was begun after we asked has ended, or the time is over."""
+    if not seconds:
+        say(f"asked for: `pombal sip show {found.name}` says what comes of it")
+        return 0
+    began = time.monotonic()
+    told: set[str] = set()
+    try:
+        while (now := found.again()) is not None:
+            if now.row["asked_at"] is None:
+                return result(now)
+            waited = time.monotonic() - began
+            for line in _progress(now, waited):
+                if line not in told:
+                    told.add(line)
+                    say(f"{now.name}: {line}")
+            if waited >= seconds:
+                error = now.row["register_error"]
+                known = f": {error}" if error else ""
+                say(f"{now.name}: nothing came of it in {seconds} s{known}. It goes on: `pombal sip show {now.name}`")
+                return 1
+            time.sleep(_POLL)
+    except KeyboardInterrupt:
+        say(f"it goes on: `pombal sip show {found.name}` says what comes of it")
+        raise
+    raise Refused(f"{found.name} was removed meanwhile")
+
+
+def _progress(found: Found, waited: float) -> Iterator[str]:
+    row = found.row
+    asked = "registered" if row["is_enabled"] else "un-registered"
+    yield f"it is to be {asked}"
+    if row["last_attempt_at"] is not None and row["last_attempt_at"] >= row["asked_at"]:
+        yield "a worker is at it"
+    elif waited >= _NOBODY:
+        error = row["register_error"]
+        yield error or "nobody works on it: is a worker of sip_refresh running?"
+
+
+def _registered(found: Found) -> int:
+    row = found.row
+    if row["sender"] == SipSender.EXTERNAL:
+        say(f"{found.name}: its controller has told how it stands, so it is that one's again")
+        return 1
+    if row["last_outcome"] == Kind.REGISTERED:
+        until = f"for {row['granted']} s by {row['server']}"
+        say(f"{found.name}: registered {until}; next try {standing.next_try(row)}")
+        return 0
+    still = f"; the binding before holds for {span(row['expires_at'] - row['now'])}" if _is_bound(found) else ""
+    say(f"{found.name}: not registered: {row['register_error']}{still}")
+    say(f"{found.name}: next try {standing.next_try(row)}")
+    return 1
+
+
+def _unregistered(found: Found) -> int:
+    row = found.row
+    if row["last_outcome"] == Kind.UNREGISTERED:
+        say(f"{found.name}: un-registered")
+        return 0
+    if row["next_refresh_at"] is None:
+        say(f"{found.name}: nothing is bound any more, though it was not un-registered: {row['register_error']}")
+        return 0
+    say(f"{found.name}: not un-registered: {row['register_error']}; next try {standing.next_try(row)}")
+    return 1
+
+
+def _is_bound(found: Found) -> bool:
+    return found.row["expires_at"] is not None and found.row["expires_at"] > found.row["now"]
