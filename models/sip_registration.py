@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CursorResult, ForeignKeyConstraint, Index, RowMapping, func, text, update
+from sqlalchemy import BigInteger, CursorResult, ForeignKeyConstraint, Index, RowMapping, delete, func, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -154,6 +154,8 @@ class SipRegistration(Tenanted, Dated, Base):
         values = dict(given)
         if password is not None:
             values["sealed"] = sealing.seal(id_, {"password": password})
+        if values.get("sender") == SipSender.EXTERNAL:
+            values["next_refresh_at"] = None
         return cls._renew(s, tenant_id, id_, **values)
 
     @classmethod
@@ -169,7 +171,10 @@ class SipRegistration(Tenanted, Dated, Base):
 
     @classmethod
     def remove(cls, s: Session, tenant_id: UUID, id_: UUID) -> bool:
-        """Have it un-registered and its row dropped then. Its name is free at once."""
+        """Have it un-registered and its row dropped then; at once if it is a controller's. Its name is free at once."""
+        theirs = delete(cls).where(cls.tenant_id == tenant_id, cls.id == id_, cls.sender == SipSender.EXTERNAL)
+        if _touched(s, theirs):
+            return True
         now = func.clock_timestamp()
         return cls._renew(s, tenant_id, id_, is_enabled=False, asked_at=now, removed_at=now)
 

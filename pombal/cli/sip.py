@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from getpass import getpass
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from models import SipRegistration, SipSender, Tenant
@@ -149,10 +149,7 @@ def remove(given: Namespace) -> int:
             raise Refused("nothing was done")
     tenant_id, id_ = found.ids
     with db.session([tenant_id]) as s:
-        if found.row["sender"] == SipSender.EXTERNAL:  # there is nothing of ours to end
-            s.execute(delete(SipRegistration).where(SipRegistration.tenant_id == tenant_id, SipRegistration.id == id_))
-        else:
-            SipRegistration.remove(s, tenant_id, id_)
+        SipRegistration.remove(s, tenant_id, id_)
     _ring()
     say("removed; a binding that is left is being ended, and the name is free")
     return 0

@@ -22,6 +22,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
+from uuid import UUID
 
 import msgspec
 
@@ -440,6 +441,19 @@ def _demo_sip(tenant: "Tenant", port: int) -> dict[str, Any]:
     return {"id": str(account.id), "name": account.name, "username": account.username, "password": password}
 
 
+def _register(account: str, registrar: str) -> None:
+    """Have the demo account registered once there is somebody to register with: the worker may have been quicker."""
+    from models import SipRegistration
+    from pombal import db
+
+    while not _answers(registrar):
+        time.sleep(0.1)
+    with db.session() as s:
+        db.see_all(s)
+        for row in SipRegistration.listing(s, id_=UUID(account)):
+            SipRegistration.ask(s, row["tenant_id"], row["id"])
+
+
 def _channel_of(tenant: "Tenant", name: str) -> "Channel | None":
     from sqlalchemy import select
 
@@ -529,6 +543,8 @@ def _welcome(
     while not _answers(f"http://127.0.0.1:{port}/ready"):
         time.sleep(0.1)
     tenant = demo["tenants"][0]
+    if {"sandbox", "sip"} <= set(wanted):
+        _register(tenant["sip"][0]["id"], f"{demo['sandbox']['meta']}/health")
     channel = tenant["channels"][0]
     wamid = f"wamid.DEMO{uuid7().hex}"
     body = _demo_body(channel, wamid)
