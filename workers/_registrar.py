@@ -25,7 +25,6 @@ from sqlalchemy import RowMapping
 from models import Event, RegisterStatus, SipRegistration, SipSender
 from models.sip_registration import CLAIM, entry
 from pombal import db, log, metrics
-from pombal.errors import PombalError
 from pombal.middleware import is_store_trouble
 from pombal.settings import settings
 from providers import sip
@@ -34,7 +33,7 @@ from providers.sip import Kind, Outcome
 from providers.sip_backend import SipBackend
 from providers.sip_flight import NotSent
 from workers import _sip_attempt, _sip_reports
-from workers._sip_attempt import Result
+from workers._sip_attempt import LostClaim, Result
 
 _log = log.get()
 
@@ -49,10 +48,6 @@ _STOPPING = 5.0  # seconds that attempts under way have to end
 _AWAY = 5.0  # seconds between two looks whether drachtio is back
 _OURS_AGAIN = 60.0
 _FILES = 8_192  # sockets, at most
-
-
-class LostClaim(PombalError):
-    """Somebody else may be working on this account by now."""
 
 
 class Held:

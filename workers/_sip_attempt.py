@@ -12,7 +12,7 @@ from sqlalchemy import RowMapping
 
 from models import SipSender
 from models.sip_registration import CSEQS
-from pombal.errors import Misconfigured
+from pombal.errors import Misconfigured, PombalError
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers.drachtio import Drachtio
@@ -24,6 +24,10 @@ from providers.sip_message import Request
 _UNKNOWN = "@localhost"  # in a Contact: whoever sends puts itself there
 _FOR_THE_OLD = 5.0  # seconds that a Contact which is replaced has to go
 _LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
+
+
+class LostClaim(PombalError):
+    """Somebody else may be working on this account by now: what the fence of an attempt raises."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def account_of(row: RowMapping, *, password: str) -> Account:
 
 
 def contacts_of(row: RowMapping) -> tuple[str, str | None]:
-    """The Contact to bind, and another one that is still bound and must go first, or both would ring.
+    """The Contact to bind, and another one that is still bound: once the new one is, it must go, or both would ring.
 
     It points at whoever sends (`localhost`), unless a direct sender is told where calls should come to. One that nobody
     told goes on as it is bound, whichever host the worker that refreshes it runs on.
@@ -84,10 +88,16 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     host = None
     if sender_of(row) is SipSender.DIRECT:
         host = row["contact_host"] or settings().sip_contact or None
-        if host is None and bound is not None and _UNKNOWN not in bound:
+        if host is None and bound is not None and not _is_drachtios(bound):
             return bound, None
     wanted = f"sip:{row['contact_token']}@{host or 'localhost'};transport={row['transport']}"
-    return wanted, bound if bound is not None and bound != wanted and _UNKNOWN not in bound else None
+    is_the_same = bound == wanted and (host is not None or sender_of(row) is SipSender.DRACHTIO)
+    return wanted, None if is_the_same else bound
+
+
+def _is_drachtios(bound: str) -> bool:
+    """Whether a Contact that is bound is drachtio's, which alone knows where it points; a direct sender tells."""
+    return _UNKNOWN in bound
 
 
 async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> Result:
@@ -99,25 +109,25 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
     except Misconfigured as error:
         outcome = Outcome(Kind.OURS, error=f"its password cannot be read: {error}")
         return Result.without_an_attempt(outcome, was_unregister=is_over)
+    sender = sender_of(row)
+    _, old = contacts_of(row)
     if is_over and row["contact"] is not None:
         account = replace(account, contact=row["contact"])
-    first = row["cseq"] - CSEQS + 1
-    _, stale = contacts_of(row)
-    way = partial(_flight, row, account, drachtio, fence)
+        sender = SipSender.DRACHTIO if _is_drachtios(row["contact"]) else sender
+    way = partial(_flight, account, drachtio, fence)
+    steps = Attempt(account, cseq=row["cseq"] - CSEQS + 1, unregister=is_over)
     try:
         async with asyncio.timeout(_LONGEST):
-            if stale is not None and not is_over:
-                old = Attempt(replace(account, contact=stale), cseq=first, unregister=True)
-                with suppress(TimeoutError):  # then it ends by itself, with its grant
-                    async with asyncio.timeout(_FOR_THE_OLD):
-                        await _converse(old, way)
-                first = old.cseq + 1
-            steps = Attempt(account, cseq=first, unregister=is_over)
-            outcome, reply = await _converse(steps, way)
+            outcome, reply = await _converse(steps, partial(way, sender))
     except TimeoutError:
         outcome, reply = Outcome(Kind.TEMPORARY, error=f"no end within {_LONGEST:.0f} s"), None
     sent, server = (reply.sent_at, reply.server) if reply else (began, None)
     contact = account.contact.replace(_UNKNOWN, f"@{reply.local}") if reply else None
+    if outcome.kind is Kind.REGISTERED and old is not None and old != contact:
+        undo = Attempt(replace(account, contact=old), cseq=steps.cseq + 1, unregister=True)
+        with suppress(TimeoutError, LostClaim):  # else it ends by itself, with its grant
+            async with asyncio.timeout(_FOR_THE_OLD):
+                await _converse(undo, partial(way, SipSender.DRACHTIO if _is_drachtios(old) else SipSender.DIRECT))
     return Result(outcome, began_at, began, sent, time.monotonic(), server, contact, is_over)
 
 
@@ -135,8 +145,8 @@ async def _converse(steps: Attempt, way: Callable[[], Flight]) -> tuple[Outcome,
         return steps.failed(trouble), reply
 
 
-def _flight(row: RowMapping, account: Account, drachtio: Drachtio | None, fence: Fence) -> Flight:
-    if sender_of(row) is SipSender.DRACHTIO:
+def _flight(account: Account, drachtio: Drachtio | None, fence: Fence, sender: SipSender) -> Flight:
+    if sender is SipSender.DRACHTIO:
         if drachtio is None:
             raise NotSent(Trouble.OURS, "this account is drachtio's, and DRACHTIO_HOST is not set")
         return drachtio.flight(account.domain, account.port, account.transport, account.proxy, fence)

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pombal import log
-from pombal.errors import Misconfigured
+from pombal.errors import Misconfigured, Rejected
 from pombal.settings import require_secrets, settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,6 +42,7 @@ def worker(given: Namespace) -> int:
         settings().require_sip_networks()
         settings().require_sip_nameserver()
         settings().require_sip_backend()
+        _require_sip_contact()
     _ready("worker_started")
     # Not the broker: its process id is per worker process, so it must be made after the fork.
     from dramatiq import cli
@@ -55,6 +56,15 @@ def worker(given: Namespace) -> int:
     # main returns nothing on some paths; its exit code is in what it raises or returns.
     parsed = cli.make_argument_parser().parse_args(arguments)  # type: ignore[no-untyped-call] # Dramatiq's
     return cli.main(parsed) or 0  # type: ignore[no-untyped-call] # Dramatiq's
+
+
+def _require_sip_contact() -> None:
+    from providers.sip_words import check_contact_host
+
+    try:
+        check_contact_host(settings().sip_contact or "localhost")
+    except Rejected as error:
+        raise Misconfigured(f"SIP_CONTACT: {error}") from None
 
 
 def clock(given: Namespace) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from models import SipRegistration
+from pombal import db
 from pombal.settings import settings
 from sandbox.drachtio import Standin
 from sandbox.sip_thread import SipThread
@@ -120,3 +122,27 @@ def test_an_account_that_moves_from_direct_to_drachtio_rings_at_one_place_only(
 
     (binding,) = provider.state(account.user)["bindings"]
     assert f":{drachtio.sip_port}" in binding["contact"]
+
+
+def test_an_account_that_moves_from_drachtio_to_direct_leaves_no_binding_of_drachtios(
+    provider: SipThread, drachtio: Standin
+) -> None:
+    account = an_account("127.0.0.1", provider.port, "5511900002220", contact_host="127.0.0.9:5080")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        account.change(sender="direct")
+        account.until(lambda row: row["claimed_until"] is None and "127.0.0.9" in (row["contact"] or ""))
+
+    (binding,) = provider.state(account.user)["bindings"]
+    assert "127.0.0.9:5080" in binding["contact"]
+
+
+def test_what_drachtio_bound_is_unregistered_by_drachtio(provider: SipThread, drachtio: Standin) -> None:
+    account = an_account("127.0.0.1", provider.port, "5511900002220")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        with db.session([account.tenant_id]) as s:
+            SipRegistration.change(s, account.tenant_id, account.id, sender="direct", is_enabled=False)
+        account.until(lambda row: row["status"] == "pending" and row["next_refresh_at"] is None)
+
+    assert provider.state(account.user)["bindings"] == []

@@ -413,6 +413,20 @@ def test_a_contact_that_changes_leaves_no_second_binding(provider: SipThread) ->
     assert binding["contact"] == f"sip:{account.token}@127.0.0.9:5080;transport=udp"
 
 
+def test_a_new_contact_that_is_refused_leaves_the_old_one_bound_and_the_row_true(provider: SipThread) -> None:
+    account = a_customer(provider, contact_host="127.0.0.8:5080")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        provider.habit(account.user, code=403)
+        account.change(contact_host="127.0.0.9:5080")
+        row = account.until(lambda row: row["register_error"] is not None)
+
+    (binding,) = provider.state(account.user)["bindings"]
+    assert binding["contact"] == row["contact"]
+    assert "127.0.0.8" in row["contact"]
+    assert row["status"] == "registered"
+
+
 # ------------------------------------------------------------------------------------------------ workers and clocks
 
 
