@@ -253,11 +253,19 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
     """The account's tenant, and the account as it stands afterwards; None where there is none to be seen."""
     with who.session() as s:
         # Locked, so that of two who tell the same at once only one makes an event.
-        wanted = select(SipRegistration.tenant_id, SipRegistration.register_status, SipRegistration.register_error)
+        wanted = select(
+            SipRegistration.tenant_id,
+            SipRegistration.register_status,
+            SipRegistration.register_error,
+            SipRegistration.is_enabled,
+            SipRegistration.next_refresh_at,
+        )
         is_it = (SipRegistration.id == id_, SipRegistration.removed_at.is_(None))
         was = s.execute(wanted.where(*is_it).with_for_update()).first()
         if was is None:
             return None
+        if not was.is_enabled and was.next_refresh_at is not None:
+            raise Failure(409, "CONFLICT", "the account is being un-registered; tell again when that is over")
         status = RegisterStatus(told.register_status)
         error = told.register_error
         if isinstance(error, UnsetType):
@@ -274,7 +282,9 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
         shown = _whole(s, who, id_)
         if shown is None:
             return None
-        if status != was.register_status:  # what was written: an expiry that nobody has noted made no event yet
+        # By what was written: an expiry that nobody has noted made no event yet. One that has passed makes its own.
+        is_over = status is RegisterStatus.REGISTERED and shown["registerStatus"] != status
+        if status != was.register_status and not is_over:
             payload = {"account": str(id_), "name": shown["name"], "status": status}
             Event.append(s, [Event.row(_EVENTS[status], was.tenant_id, None, None, payload)])
         return was.tenant_id, shown

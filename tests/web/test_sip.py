@@ -315,6 +315,27 @@ def test_a_controller_that_died_is_noticed_and_says_so_itself_later(web: Web) ->
     assert [kind for kind, _ in events(account)] == ["sip_registered", "sip_failed"]
 
 
+def test_a_registration_that_is_told_after_it_expired_is_no_news_of_one(web: Web) -> None:
+    account = an_account()
+    key = a_key(account.tenant)
+
+    answer = told(web, account, key, {"registerStatus": "registered", "expires": ago(minutes=1)})
+
+    assert content(answer)["registerStatus"] == "failed"
+    assert events(account) == []
+
+
+def test_an_account_that_is_being_unregistered_is_no_controllers_until_that_is_over(web: Web) -> None:
+    account = an_account()
+    key = a_key(account.tenant)
+    with db.session([account.tenant.id]) as s:
+        SipRegistration.disable(s, account.tenant.id, account.id)
+
+    assert told(web, account, key, {"registerStatus": "registered"}).status == 409
+    set_to(account, next_refresh_at=None)
+    assert told(web, account, key, {"registerStatus": "registered"}).status == 200
+
+
 def test_of_many_who_tell_the_same_at_once_one_makes_the_event(web: Web) -> None:
     account = an_account()
     key = a_key(account.tenant)
