@@ -15,7 +15,19 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CursorResult, ForeignKeyConstraint, Index, RowMapping, delete, func, text, update
+from sqlalchemy import (
+    BigInteger,
+    CursorResult,
+    ForeignKeyConstraint,
+    Index,
+    RowMapping,
+    case,
+    delete,
+    func,
+    or_,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -24,6 +36,8 @@ from pombal import secrets as sealing
 from pombal.ids import uuid7
 
 CLAIM = timedelta(seconds=10)  # renewed while an attempt is under way
+# … of one that another process sends: it goes on for so long when ours has died (sip-registration.md §8).
+CLAIM_ELSEWHERE = timedelta(seconds=35)
 CSEQS = 20  # numbers in the block of an attempt; it makes fewer requests
 HISTORY = 20  # outcomes kept with the row
 
@@ -52,7 +66,7 @@ _IS_OURS = text("next_refresh_at IS NOT NULL AND sender <> 'external'")
 
 
 class SipRegistration(Tenanted, Dated, Base):
-    """`history`: the last outcomes, newest last, `{"at", "outcome", "code", "error", "seconds", "server"}`."""
+    """`history`: the last outcomes, newest last, `{"at", "outcome", "code", "error", "seconds", "server", "notes"}`."""
 
     __tablename__ = "sip_registration"
     __table_args__ = (
@@ -160,9 +174,11 @@ class SipRegistration(Tenanted, Dated, Base):
 
     @classmethod
     def ask(cls, s: Session, tenant_id: UUID, id_: UUID, **given: Any) -> bool:
-        """Have it registered now, before all others, and enabled; one of a controller is taken over."""
+        """Have it registered now, before all others, and enabled."""
         now = func.clock_timestamp()
-        return cls._renew(s, tenant_id, id_, is_enabled=True, asked_at=now, **given)
+        was_meant = or_(cls.is_enabled, cls.unregistered_since.is_(None))
+        since = case((was_meant, cls.unregistered_since), else_=now)  # it is missed from now on
+        return cls._renew(s, tenant_id, id_, is_enabled=True, asked_at=now, unregistered_since=since, **given)
 
     @classmethod
     def disable(cls, s: Session, tenant_id: UUID, id_: UUID) -> bool:
@@ -176,7 +192,8 @@ class SipRegistration(Tenanted, Dated, Base):
         if _touched(s, theirs):
             return True
         now = func.clock_timestamp()
-        return cls._renew(s, tenant_id, id_, is_enabled=False, asked_at=now, removed_at=now)
+        ours = case((cls.sender == SipSender.EXTERNAL, SipSender.AUTO), else_=cls.sender)  # a controller was quicker
+        return cls._renew(s, tenant_id, id_, is_enabled=False, asked_at=now, removed_at=now, sender=ours)
 
     @classmethod
     def _renew(cls, s: Session, tenant_id: UUID, id_: UUID, **values: Any) -> bool:
@@ -242,54 +259,63 @@ class SipRegistration(Tenanted, Dated, Base):
     # ------------------------------------------------------------------------------------------------ registering
 
     @staticmethod
-    def due(s: Session, *, without: Iterable[SipSender] = ()) -> dict[str, int]:
-        """How many accounts are due and nobody's, per host that they are sent to."""
-        found = s.execute(_DUE, {"without": list(without)})
+    def due(s: Session, *, without: Iterable[SipSender] = (), held: Iterable[UUID] = ()) -> dict[str, int]:
+        """How many accounts are due and nobody's, per host that they are sent to; without those that `held` names."""
+        found = s.execute(_DUE, {"without": list(without), "held": list(held)})
         return {place: count for place, count in found}
 
     @staticmethod
     def claim(
-        s: Session, token: UUID, budget: Mapping[str, int], *, without: Iterable[SipSender] = ()
+        s: Session,
+        token: UUID,
+        budget: Mapping[str, int],
+        *,
+        without: Iterable[SipSender] = (),
+        held: Iterable[UUID] = (),
+        elsewhere: Iterable[SipSender] = (),
     ) -> Sequence[RowMapping]:
-        """Take due accounts of these hosts, at most so many of each, those that somebody waits for first. Each has its
-        own block of CSeq: `cseq - CSEQS + 1` to `cseq`; `late` is the seconds since it fell due, `is_bound` whether a
-        binding may be alive."""
+        """Take due accounts of these hosts, at most so many of each: those that somebody waits for first, then those
+        that are still bound. Each has its own block of CSeq: `cseq - CSEQS + 1` to `cseq`. `place` is its host, `late`
+        the seconds since it fell due, `bound_seconds` what its binding has left. `elsewhere`: whose requests another
+        process sends."""
         given = given_rows([{"place": place, "n": n} for place, n in budget.items()])
-        values = {**given, "token": token, "length": CLAIM, "block": CSEQS, "without": list(without)}
-        return s.execute(_CLAIM, values).mappings().all()
+        values = {**given, "token": token, "block": CSEQS, "without": list(without), "held": list(held)}
+        return s.execute(_CLAIM, {**values, **_lengths(elsewhere)}).mappings().all()
 
     @staticmethod
-    def renew(s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]]) -> set[UUID]:
+    def renew(
+        s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]], *, elsewhere: Iterable[SipSender] = ()
+    ) -> set[UUID]:
         """Hold claims, given as (tenant, id, cseq), for as long again; returns the ids of those that are still held."""
-        given = given_rows([{"tenant_id": tenant, "id": id_, "cseq": cseq} for tenant, id_, cseq in held])
-        return set(s.execute(_RENEW, {**given, "token": token, "length": CLAIM}).scalars())
+        return set(s.execute(_RENEW, {**_keys(held), "token": token, **_lengths(elsewhere)}).scalars())
 
     @staticmethod
     def release(s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]]) -> None:
         """Give claims back at once: what was begun under them is given up."""
-        given = given_rows([{"tenant_id": tenant, "id": id_, "cseq": cseq} for tenant, id_, cseq in held])
-        s.execute(_RELEASE, {**given, "token": token})
+        s.execute(_RELEASE, {**_keys(held), "token": token})
 
     @staticmethod
-    def settle(s: Session, given: list[dict[str, Any]]) -> Sequence[RowMapping]:
-        """Write down what came of attempts, each under its claim (`tenant_id`, `id`, `cseq`, `revision`): `outcome`,
-        `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next` (seconds from
-        now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`, `contact`,
-        `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing wanted), `is_reported`.
+    def settle(s: Session, token: UUID, given: list[dict[str, Any]]) -> Sequence[RowMapping]:
+        """Write down what came of attempts, each once and under its claim (`tenant_id`, `id`, `cseq`, `revision`):
+        `outcome`, `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next`
+        (seconds from now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`,
+        `contact`, `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing wanted), `is_reported`.
 
-        Returns the rows that were written, with `was`, the status that held before; the others' claims were lost. Rows
-        that were to be removed and are over are gone.
+        Returns the rows that were written, with `was`, the status that was written before; the others' claims were
+        lost. Rows that were to be removed and are over are gone.
         """
-        written = s.execute(_SETTLE, given_rows(given)).mappings().all()
+        ordered = sorted(given, key=lambda row: (row["tenant_id"], row["id"]))
+        written = s.execute(_SETTLE, {**given_rows(ordered), "token": token}).mappings().all()
         gone = [row["id"] for row in written if row["removed_at"] is not None and row["next_refresh_at"] is None]
         if gone:
             s.execute(_DROP, {"ids": gone})
         return written
 
     @staticmethod
-    def hold_back(s: Session, error: str) -> int:
-        """Say of all that drachtio would register why they wait; returns of how many."""
-        return _count(s.execute(_HOLD_BACK, {"error": error}))
+    def hold_back(s: Session, error: str) -> Sequence[RowMapping]:
+        """Say of all that drachtio would register why they wait; returns the rows that this is news of, as `settle`
+        does."""
+        return s.execute(_HOLD_BACK, {"error": error}).mappings().all()
 
     @staticmethod
     def lapse(s: Session, *, is_reported: bool) -> Sequence[RowMapping]:
@@ -314,25 +340,41 @@ class SipRegistration(Tenanted, Dated, Base):
         s.execute(_REPORTED, {"tenant_id": tenant_id, "id": id_, "revision": revision})
 
     @staticmethod
-    def not_reported(s: Session, tenant_id: UUID, id_: UUID, error: str, wait: timedelta) -> None:
-        """It did not: once more after a while."""
-        s.execute(_NOT_REPORTED, {"tenant_id": tenant_id, "id": id_, "error": error, "wait": wait})
+    def not_reported(s: Session, tenant_id: UUID, id_: UUID, revision: int, error: str, wait: timedelta) -> None:
+        """It did not: once more after a while, or at once if there is other news by now."""
+        given = {"tenant_id": tenant_id, "id": id_, "revision": revision, "error": error, "wait": wait}
+        s.execute(_NOT_REPORTED, given)
 
     @staticmethod
     def overview(s: Session) -> RowMapping:
-        """For gauges: `pending`, `registered`, `failed` (enabled ones and external ones), `disabled`; `next_refresh`,
-        seconds until the first refresh (negative: late), None without any; `unregistered`, seconds that the one that
-        has been without a binding the longest is; `unreported`, seconds that a report waits."""
+        """For gauges: `pending`, `registered`, `failed` (enabled ones and external ones), `disabled`. In seconds:
+        `next_refresh` until the first one that nobody works on (negative: late; None without any); `unregistered`, how
+        long the one that has been without a binding the longest is; `unreported`, how long a report waits."""
         return s.execute(_OVERVIEW).mappings().one()
 
 
 def entry(
-    at: datetime, outcome: str, code: int | None, error: str | None, seconds: float, server: str | None
+    at: datetime,
+    outcome: str,
+    code: int | None,
+    error: str | None,
+    seconds: float,
+    server: str | None,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """One outcome of the history."""
-    said = {"code": code, "error": error, "server": server}
+    """One outcome of the history; `notes` are oddities."""
+    said = {"code": code, "error": error, "server": server, "notes": list(notes) or None}
     told = {name: value for name, value in said.items() if value is not None}
     return {"at": at.isoformat(), "outcome": outcome, "seconds": round(seconds, 3), **told}
+
+
+def _keys(held: Iterable[tuple[UUID, UUID, int]]) -> dict[str, str]:
+    """In one order everywhere, or two statements wait for each other's rows."""
+    return given_rows([{"tenant_id": tenant, "id": id_, "cseq": cseq} for tenant, id_, cseq in sorted(held)])
+
+
+def _lengths(elsewhere: Iterable[SipSender]) -> dict[str, Any]:
+    return {"elsewhere": list(elsewhere), "length": CLAIM, "longer": CLAIM_ELSEWHERE}
 
 
 def _touched(s: Session, statement: Any) -> bool:
@@ -348,6 +390,9 @@ _PLACE = "coalesce(proxy, host)"
 # By `now()`: no index serves a comparison with `clock_timestamp()`.
 _NOBODYS = """next_refresh_at <= now() AND sender <> 'external'
     AND (claimed_until IS NULL OR claimed_until <= now())"""
+_ALLOWED = "NOT sender = ANY (CAST(:without AS text[])) AND NOT id = ANY (CAST(:held AS uuid[]))"
+_CLAIMED_UNTIL = """clock_timestamp()
+        + CASE WHEN r.sender = ANY (CAST(:elsewhere AS text[])) THEN CAST(:longer AS interval) ELSE :length END"""
 _NEXT_REPORT = """report_at = CASE WHEN r.external_id IS NOT NULL AND {} THEN clock_timestamp() ELSE r.report_at END,
     report_revision = r.report_revision + 1"""
 
@@ -376,7 +421,7 @@ _BY_CONTACT = text(f"""
 
 _DUE = text(f"""
     SELECT {_PLACE} AS place, count(*) AS count FROM sip_registration
-    WHERE {_NOBODYS} AND NOT sender = ANY (CAST(:without AS text[])) GROUP BY 1
+    WHERE {_NOBODYS} AND {_ALLOWED} GROUP BY 1
 """)
 
 _CLAIM = text(f"""
@@ -384,16 +429,17 @@ _CLAIM = text(f"""
         SELECT one.tenant_id, one.id FROM {rows(place="text", n="integer")}
         CROSS JOIN LATERAL (
             SELECT tenant_id, id FROM sip_registration
-            WHERE {_PLACE} = given.place AND {_NOBODYS} AND NOT sender = ANY (CAST(:without AS text[]))
-            ORDER BY asked_at NULLS LAST, next_refresh_at LIMIT given.n FOR UPDATE SKIP LOCKED
+            WHERE {_PLACE} = given.place AND {_NOBODYS} AND {_ALLOWED}
+            ORDER BY asked_at NULLS LAST, expires_at > now() DESC NULLS LAST, next_refresh_at
+            LIMIT given.n FOR UPDATE SKIP LOCKED
         ) AS one
     )
     UPDATE sip_registration r
-    SET claim_token = :token, claimed_until = clock_timestamp() + :length, cseq = r.cseq + :block,
+    SET claim_token = :token, claimed_until = {_CLAIMED_UNTIL}, cseq = r.cseq + :block,
         last_attempt_at = clock_timestamp()
     FROM due, sip_registration was
     WHERE r.tenant_id = due.tenant_id AND r.id = due.id AND was.tenant_id = due.tenant_id AND was.id = due.id
-    RETURNING {", ".join(f"r.{name}" for name in _SHOWN.split(", "))}, r.sealed,
+    RETURNING {", ".join(f"r.{name}" for name in _SHOWN.split(", "))}, r.sealed, coalesce(r.proxy, r.host) AS place,
         extract(epoch FROM clock_timestamp() - r.next_refresh_at)::float AS late,
         extract(epoch FROM r.expires_at - clock_timestamp())::float AS bound_seconds,
         was.last_attempt_at IS NOT NULL AS was_tried
@@ -402,7 +448,7 @@ _CLAIM = text(f"""
 _HELD = rows(tenant_id="uuid", id="uuid", cseq="bigint")
 
 _RENEW = text(f"""
-    UPDATE sip_registration r SET claimed_until = clock_timestamp() + :length FROM {_HELD}
+    UPDATE sip_registration r SET claimed_until = {_CLAIMED_UNTIL} FROM {_HELD}
     WHERE r.tenant_id = given.tenant_id AND r.id = given.id AND r.cseq = given.cseq AND r.claim_token = :token
         AND r.claimed_until > clock_timestamp()
     RETURNING r.id
@@ -436,13 +482,14 @@ _SETTLED = rows(
 
 _SETTLE = text(f"""
     WITH given AS (
-        SELECT given.*, r.status AS was, r.status = 'registered' AS was_bound, clock_timestamp() AS now,
+        SELECT given.*, r.register_status AS was, r.status = 'registered' AS was_bound, clock_timestamp() AS now,
             given.outcome = 'registered' AS is_bound,
             clock_timestamp() - given.ago * interval '1 second' AS sent_at
         FROM {_SETTLED}
         JOIN LATERAL (
-            SELECT {STATUS_NOW} AS status FROM sip_registration
-            WHERE tenant_id = given.tenant_id AND id = given.id AND cseq = given.cseq FOR UPDATE
+            SELECT register_status, {STATUS_NOW} AS status FROM sip_registration
+            WHERE tenant_id = given.tenant_id AND id = given.id AND cseq = given.cseq AND claim_token = :token
+            FOR UPDATE
         ) AS r ON true
     )
     UPDATE sip_registration r SET
@@ -456,7 +503,7 @@ _SETTLE = text(f"""
         registered_since = CASE WHEN given.is_over THEN NULL WHEN was_bound THEN r.registered_since
             WHEN is_bound THEN now END,
         unregistered_since = CASE WHEN is_bound OR was_bound AND NOT given.is_over THEN NULL
-            ELSE coalesce(r.unregistered_since, now) END,
+            ELSE coalesce(r.unregistered_since, least(r.expires_at, now)) END,
         next_refresh_at = CASE WHEN r.revision <> given.revision THEN now
             ELSE now + given.next * interval '1 second' END,
         asked_at = CASE WHEN r.revision <> given.revision THEN r.asked_at END,
@@ -478,15 +525,22 @@ _SETTLE = text(f"""
     FROM given
     WHERE r.tenant_id = given.tenant_id AND r.id = given.id AND r.cseq = given.cseq
     RETURNING r.tenant_id, r.id, r.name, r.removed_at, r.register_status AS status, given.was, r.register_error,
-        r.next_refresh_at, r.expires_at, r.last_outcome
+        r.next_refresh_at, r.expires_at, r.cseq
 """)
 
 _DROP = text("DELETE FROM sip_registration WHERE id = ANY (:ids)")
 
+# A row that says registered is left to `lapse`, which knows when that ended.
 _HOLD_BACK = text(f"""
-    UPDATE sip_registration SET register_error = :error, updated_at = clock_timestamp(),
-        register_status = CASE WHEN {STATUS_NOW} = 'registered' THEN 'registered' ELSE 'failed' END
-    WHERE {_NOBODYS} AND is_enabled AND sender IN ('auto', 'drachtio') AND register_error IS DISTINCT FROM :error
+    UPDATE sip_registration r SET register_error = :error, updated_at = clock_timestamp(),
+        register_status = CASE WHEN r.register_status = 'registered' THEN 'registered' ELSE 'failed' END
+    FROM (
+        SELECT tenant_id, id, register_status AS was FROM sip_registration
+        WHERE {_NOBODYS} AND is_enabled AND sender IN ('auto', 'drachtio') AND register_error IS DISTINCT FROM :error
+        ORDER BY tenant_id, id FOR UPDATE SKIP LOCKED
+    ) AS due
+    WHERE r.tenant_id = due.tenant_id AND r.id = due.id
+    RETURNING r.tenant_id, r.id, r.name, r.register_status AS status, due.was, r.register_error
 """)
 
 _LAPSE = text(f"""
@@ -495,11 +549,14 @@ _LAPSE = text(f"""
         register_error = coalesce(register_error, CASE WHEN NOT is_enabled THEN NULL
             WHEN sender = 'external' THEN 'its controller told of no refresh before it expired'
             ELSE 'expired without a refresh' END),
-        registered_since = NULL, unregistered_since = expires_at, updated_at = clock_timestamp(),
-        {_NEXT_REPORT.format(":is_reported")}
-    WHERE register_status = 'registered' AND expires_at <= now()
-    RETURNING tenant_id, id, name, removed_at, register_status AS status, 'registered' AS was, register_error,
-        next_refresh_at, expires_at, last_outcome
+        registered_since = NULL, unregistered_since = greatest(expires_at, updated_at), updated_at = clock_timestamp(),
+        {_NEXT_REPORT.format("CAST(:is_reported AS boolean)")}
+    FROM (
+        SELECT tenant_id, id FROM sip_registration WHERE register_status = 'registered' AND expires_at <= now()
+        ORDER BY tenant_id, id FOR UPDATE SKIP LOCKED
+    ) AS due
+    WHERE r.tenant_id = due.tenant_id AND r.id = due.id
+    RETURNING r.tenant_id, r.id, r.name, r.register_status AS status, 'registered' AS was, r.register_error
 """)
 
 _IS_WAITED_FOR = text(f"""
@@ -526,7 +583,8 @@ _REPORTED = text("""
 
 _NOT_REPORTED = text("""
     UPDATE sip_registration SET report_error = :error, report_failures = report_failures + 1,
-        report_claimed_until = NULL, report_at = clock_timestamp() + :wait
+        report_claimed_until = NULL,
+        report_at = CASE WHEN report_revision > :revision THEN report_at ELSE clock_timestamp() + :wait END
     WHERE tenant_id = :tenant_id AND id = :id
 """)
 
@@ -535,12 +593,12 @@ _OVERVIEW = text(f"""
         count(*) FILTER (WHERE status = 'registered' AND is_enabled) AS registered,
         count(*) FILTER (WHERE status = 'failed' AND is_enabled) AS failed,
         count(*) FILTER (WHERE NOT is_enabled) AS disabled,
-        extract(epoch FROM min(next_refresh_at) FILTER (WHERE sender <> 'external') - clock_timestamp())::float
-            AS next_refresh,
+        extract(epoch FROM min(next_refresh_at) FILTER (WHERE is_waiting) - clock_timestamp())::float AS next_refresh,
         coalesce(extract(epoch FROM clock_timestamp() - min(since)), 0)::float AS unregistered,
         coalesce(extract(epoch FROM clock_timestamp() - min(report_at)), 0)::float AS unreported
     FROM (
-        SELECT {STATUS_NOW} AS status, is_enabled, sender, next_refresh_at, report_at,
+        SELECT {STATUS_NOW} AS status, is_enabled, next_refresh_at, report_at,
+            sender <> 'external' AND (claimed_until IS NULL OR claimed_until <= now()) AS is_waiting,
             CASE WHEN is_enabled AND {STATUS_NOW} <> 'registered'
                 THEN coalesce(unregistered_since, expires_at) END AS since
         FROM sip_registration WHERE removed_at IS NULL

@@ -29,7 +29,7 @@ from workers.download_media import ring_media
 from workers.incoming_message import ring_waiting
 from workers.outgoing_message import ring_lanes
 from workers.session_fixer import ring_repairs
-from workers.sip_refresh import ring_registrations
+from workers.sip_refresh import note_lapses, ring_registrations
 from workers.status_sync import ring_reports
 
 _log = log.get()
@@ -93,6 +93,7 @@ class Clock:
             with db.session() as s:
                 is_ours = Lease.take(s, "sweep", self._token, _LEASE)
             if is_ours:
+                note_lapses()  # before anything that asks Redis
                 # Rows first: whatever Redis had before it was wiped is rung for again.
                 at_once = self._sight.lost_the_queues()
                 rung, lanes = ring_waiting(at_once=at_once), ring_lanes(at_once=at_once)

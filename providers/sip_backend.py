@@ -1,5 +1,6 @@
 """The backend that outcomes of registrations are reported to, as a Drachtio controller did (sip-registration.md §1)."""
 
+import asyncio
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
@@ -48,9 +49,12 @@ class SipBackend:
         body = {"registerStatus": status, "registerError": error, "lastRegisterAt": _iso(last_register_at)}
         url = f"{self._url}/api/sip/provider-registration/{quote(external_id, safe='')}"
         try:
-            async with self._client.stream("PATCH", url, json=body) as answer:  # nobody reads what it says
+            async with (
+                asyncio.timeout(_SECONDS),  # in all: httpx's own begins anew with each byte
+                self._client.stream("PATCH", url, json=body) as answer,  # nobody reads what it says
+            ):
                 code = answer.status_code
-        except httpx.HTTPError as trouble:
+        except (httpx.HTTPError, TimeoutError) as trouble:
             raise NotTold(f"the backend gave no answer: {type(trouble).__name__}", is_final=False) from trouble
         if not 200 <= code < 300:
             is_final = 300 <= code < 500 and code not in (408, 429)

@@ -21,6 +21,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import RowMapping
+from sqlalchemy.orm import Session
 
 from models import Event, RegisterStatus, SipRegistration, SipSender
 from models.sip_registration import CLAIM, entry
@@ -39,14 +40,16 @@ _log = log.get()
 
 _LOOK = 1.0  # seconds between two looks for what is due
 _LOOK_AGAIN = 0.25  # … while more is due than may be begun
-_RENEW = 3.0
+_RENEW, _RENEW_AGAIN = 3.0, 0.2
 _SAFE = CLAIM.total_seconds() - 2.0  # seconds after which a claim is no longer relied upon: clocks do not run alike
 _MOST_AT_ONCE = 2_000  # attempts under way
 _MOST_OF_A_PLACE = 200  # … to one host
+_MANY_OF_A_PLACE = 20  # … that leave the last of the room to others
+_ROOM_FOR_OTHERS = 400
 _MOST_WRITTEN = 200  # in one transaction
 _STOPPING = 5.0  # seconds that attempts under way have to end
 _AWAY = 5.0  # seconds between two looks whether drachtio is back
-_OURS_AGAIN = 60.0
+_OURS_AGAIN, _SOON, _LAST_CALL = 60.0, 5.0, 25.0  # the last: before a binding ends
 _FILES = 8_192  # sockets, at most
 
 
@@ -56,12 +59,17 @@ class Held:
     def __init__(self, row: RowMapping, until: float) -> None:
         self.row = row
         self.key: tuple[UUID, UUID, int] = (row["tenant_id"], row["id"], row["cseq"])
-        self.place: str = row["proxy"] or row["host"]
+        self.place: str = row["place"]
         self.until = until
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.task is not None and not self.task.done()
 
     def fence(self) -> None:
         """Raises `LostClaim` once the claim may have run out."""
-        if time.monotonic() >= self.until:
+        if _clock() >= self.until:
             raise LostClaim("the claim could not be renewed in time")
 
 
@@ -71,8 +79,7 @@ class Registrar:
     def __init__(self) -> None:
         self._token = uuid4()
         self._dice = random.SystemRandom()
-        self._held: dict[UUID, Held] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._held: dict[UUID, Held] = {}  # until what came of it is written down: nobody here claims it again
         self._done: asyncio.Queue[tuple[Held, Result]] = asyncio.Queue()
         self._buckets: dict[str, Bucket] = {}
         self._wake = asyncio.Event()
@@ -116,19 +123,31 @@ class Registrar:
             self.stop()
 
     async def _wind_up(self) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_STOPPING)
-        for task in self._tasks:
+        if tasks := self._under_way():
+            await asyncio.wait(tasks, timeout=_STOPPING)
+        given_up = [held.key for held in self._held.values() if held.is_under_way and not self._is_sent_elsewhere(held)]
+        for task in (tasks := self._under_way()):
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOPPING):
                 await self._done.join()
-        if given_up := [held.key for held in self._held.values()]:
+        if given_up:
             with suppress(TimeoutError):  # else the claims run out
                 async with asyncio.timeout(_STOPPING):
                     await _patiently(_in_a_transaction, SipRegistration.release, self._token, given_up)
+
+    def _under_way(self) -> list[asyncio.Task[None]]:
+        return [held.task for held in self._held.values() if held.task is not None and held.is_under_way]
+
+    def _is_sent_elsewhere(self, held: Held) -> bool:
+        """drachtio goes on with what it was given: whoever is next waits until that is over."""
+        return held.row["sender"] in _elsewhere()
+
+    def _drop(self, held: Held) -> None:
+        if self._held.get(held.row["id"]) is held:
+            del self._held[held.row["id"]]
 
     # ------------------------------------------------------------------------------------------- what is due
 
@@ -139,7 +158,7 @@ class Registrar:
             try:
                 left = await self._begin_what_is_due()
             except Exception as error:
-                if not _may_pass(error):
+                if once or not _may_pass(error):
                     raise
             if once and not left and not self._held:
                 return
@@ -150,39 +169,43 @@ class Registrar:
     async def _begin_what_is_due(self) -> int:
         """Claim what may be begun now, and begin it; returns how many had to be left."""
         without = (SipSender.AUTO, SipSender.DRACHTIO) if self._is_away else ()
-        now = time.monotonic()
-        rows, left = await asyncio.to_thread(self._claim, without, Counter(held.place for held in self._held.values()))
+        now = _clock()
+        busy = Counter(held.place for held in self._held.values())
+        rows, left = await asyncio.to_thread(self._claim, without, busy, list(self._held))
         for row in rows:
-            held = Held(row, now + _SAFE)
-            self._held[row["id"]] = held
+            held = self._held[row["id"]] = Held(row, now + _SAFE)
             if row["asked_at"] is None:
                 metrics.sip_lateness.observe(max(0.0, row["late"]))
-            task = asyncio.create_task(self._attempt(held))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            held.task = asyncio.create_task(self._attempt(held))
         return left
 
-    def _claim(self, without: Iterable[SipSender], busy: Counter[str]) -> tuple[list[RowMapping], int]:
+    def _claim(
+        self, without: Iterable[SipSender] = (), busy: Counter[str] | None = None, held: Iterable[UUID] = ()
+    ) -> tuple[list[RowMapping], int]:
         with db.session() as s:
             db.see_all(s)
-            due = SipRegistration.due(s, without=without)
+            due = SipRegistration.due(s, without=without, held=held)
             if not due:
                 return [], 0
             db.by_key(s)
-            budget = self._budget(due, busy)
-            rows = list(SipRegistration.claim(s, self._token, budget, without=without)) if budget else []
+            budget = self._budget(due, busy or Counter())
+            rows = list(
+                SipRegistration.claim(s, self._token, budget, without=without, held=held, elsewhere=_elsewhere())
+            )
         for row in rows:
-            self._buckets[row["proxy"] or row["host"]].take()
+            self._buckets[row["place"]].take()
         return rows, sum(due.values()) - len(rows)
 
     def _budget(self, due: dict[str, int], busy: Counter[str]) -> dict[str, int]:
-        """How many of each host may begin: not all at once after a start or an outage, and none keeps others out."""
+        """How many of each host may begin: not all at once after a start or an outage, and however many hosts hang,
+        there is room for one that does not."""
         budget: dict[str, int] = {}
         room = _MOST_AT_ONCE - busy.total()
         self._buckets = {place: bucket for place, bucket in self._buckets.items() if place in due or not bucket.is_full}
-        for place, count in due.items():
+        for place in sorted(due, key=lambda place: busy[place]):
             bucket = self._buckets.setdefault(place, Bucket(settings().sip_starts_per_second))
-            n = min(count, bucket.has, _MOST_OF_A_PLACE - busy[place], room)
+            theirs = room - _ROOM_FOR_OTHERS if busy[place] >= _MANY_OF_A_PLACE else room
+            n = min(due[place], bucket.has, _MOST_OF_A_PLACE - busy[place], (theirs + 3) // 4)
             if n > 0:
                 budget[place] = n
                 room -= n
@@ -200,12 +223,13 @@ class Registrar:
                 result = await _sip_attempt.attempt(row, self._drachtio, held.fence)
         except LostClaim:
             _log.warning("sip_claim_lost", **names)
-            self._held.pop(row["id"], None)
+            self._drop(held)
             return
         except Exception as error:
             # A mistake of ours: it must neither end the others nor be tried again without a pause.
             _log.error("sip_attempt_broke", **names, traceback=log.redacted(error))
-            result = Result.without_an_attempt(Outcome(Kind.TEMPORARY, error="internal error; see the log"))
+            outcome = Outcome(Kind.TEMPORARY, error="internal error; see the log")
+            result = Result.without_an_attempt(outcome, was_unregister=not row["is_enabled"])
         if result.outcome.kind is Kind.OURS and self._drachtio is not None and (why := self._drachtio.away):
             await self._hold_back(why)
         await self._done.put((held, result))
@@ -222,7 +246,7 @@ class Registrar:
                 for one in batch if len(batch) > 1 else ():  # one of them has something that cannot be written
                     await _patiently(self._settle, [one])
             for held, _ in batch:
-                self._held.pop(held.row["id"], None)
+                self._drop(held)
                 self._done.task_done()
             if not self._held:
                 self._wake.set()
@@ -232,17 +256,15 @@ class Registrar:
         with db.session() as s:
             db.see_all(s)
             db.by_key(s)
-            written = SipRegistration.settle(s, given)
-            Event.append(s, changes(written))
-        ids = {row["id"] for row in written}
+            written = {(row["id"], row["cseq"]): row for row in SipRegistration.settle(s, self._token, given)}
+            Event.append(s, changes(written.values()))
         for held, result in batch:
             metrics.sip_attempts.labels(outcome=result.outcome.kind).inc()
             metrics.sip_attempt_seconds.labels(outcome=result.outcome.kind).observe(result.ended - result.began)
-            if held.row["id"] not in ids:
+            if (row := written.get(held.key[1:])) is None:
                 _log.warning("sip_claim_lost", **_names(held.row))
-        results = {held.row["id"]: result for held, result in batch}
-        for row in written:
-            _say(row, results[row["id"]].outcome)
+            else:
+                _say(row, result.outcome)
 
     def _verdict(self, row: RowMapping, result: Result) -> dict[str, Any]:
         """What `SipRegistration.settle` takes."""
@@ -257,13 +279,14 @@ class Registrar:
         else:
             next_ = sip.retry_after(outcome, row["failures"] + 1, self._dice, bound_seconds=bound if is_bound else None)
             if outcome.kind is Kind.OURS and not self._is_away:  # a setting or a key, which a person has to mend
-                next_ = _OURS_AGAIN
+                next_ = (
+                    min(_OURS_AGAIN, max(_SOON, bound - _LAST_CALL)) if bound is not None and is_bound else _OURS_AGAIN
+                )
             if result.was_unregister and bound is not None:  # it ends by itself then
                 next_ = min(next_, bound + 1.0)
         has_failed = outcome.kind in (Kind.PERMANENT, Kind.TEMPORARY)
-        told = entry(
-            result.began_at, outcome.kind, outcome.code, outcome.error, result.ended - result.began, result.server
-        )
+        seconds, said = result.ended - result.began, (outcome.kind, outcome.code, outcome.error)
+        told = entry(result.began_at, *said, seconds, result.server, outcome.notes)
         return {
             **{name: row[name] for name in ("tenant_id", "id", "cseq", "revision")},
             "outcome": outcome.kind,
@@ -286,27 +309,34 @@ class Registrar:
 
     async def _keep_claims(self) -> None:
         """Renew them for as long as they are needed: also while what came of an attempt waits for the database."""
+        pause = _RENEW
         while True:
-            await asyncio.sleep(_RENEW)
+            await asyncio.sleep(pause)
+            pause = _RENEW
             held = list(self._held.values())
             if not held:
                 continue
-            now = time.monotonic()
+            now = _clock()
             try:
                 ours = await asyncio.to_thread(self._renew, [one.key for one in held])
             except Exception as error:
                 if not _may_pass(error):
                     raise
+                pause = _RENEW_AGAIN
                 continue
             for one in held:
                 if one.key[1] in ours:
                     one.until = now + _SAFE
+                elif one.task is not None and one.is_under_way:  # what has ended is written down, if nobody else was
+                    _log.warning("sip_claim_lost", **_names(one.row))
+                    one.task.cancel()
+                    self._drop(one)
 
     def _renew(self, keys: list[tuple[UUID, UUID, int]]) -> set[UUID]:
         with db.session() as s:
             db.see_all(s)
             db.by_key(s)
-            return SipRegistration.renew(s, self._token, keys)
+            return SipRegistration.renew(s, self._token, keys, elsewhere=_elsewhere())
 
     async def _tell(self) -> None:
         """Tell the backend, if there is one, how accounts stand."""
@@ -327,7 +357,7 @@ class Registrar:
         if not self._is_away:
             self._is_away = True
             _log.error("drachtio_away", error=why)
-        await _patiently(_in_a_transaction, SipRegistration.hold_back, why)
+        await _patiently(_in_a_transaction, _held_back, why)
 
     async def _look_for_drachtio(self) -> None:
         while self._drachtio is not None:
@@ -428,6 +458,20 @@ def _in_a_transaction(work: Callable[..., object], *given: object) -> None:
     with db.session() as s:
         db.see_all(s)
         work(s, *given)
+
+
+def _held_back(s: Session, why: str) -> None:
+    Event.append(s, changes(SipRegistration.hold_back(s, why)))
+
+
+def _elsewhere() -> tuple[SipSender, ...]:
+    """Whose requests another process sends."""
+    return (SipSender.DRACHTIO, SipSender.AUTO) if settings().drachtio_host else (SipSender.DRACHTIO,)
+
+
+def _clock() -> float:
+    """Seconds that go on also while the machine is suspended, where it has such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _drachtio() -> Drachtio | None:

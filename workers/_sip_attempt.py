@@ -21,7 +21,7 @@ from providers.sip_direct import DirectFlight
 from providers.sip_flight import Fence, Flight, NotSent, Reply, Trouble
 from providers.sip_message import Request
 
-_UNKNOWN = "@localhost"  # in a Contact: whoever sends puts itself there
+_UNKNOWN = "@localhost;"  # in a Contact: whoever sends puts itself there
 _FOR_THE_OLD = 5.0  # seconds that a Contact which is replaced has to go
 _LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
 
@@ -88,7 +88,8 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     host = None
     if sender_of(row) is SipSender.DIRECT:
         host = row["contact_host"] or settings().sip_contact or None
-        if host is None and bound is not None and not _is_drachtios(bound):
+        is_ours = bound is not None and not _is_drachtios(bound) and bound.endswith(f";transport={row['transport']}")
+        if host is None and bound is not None and is_ours:
             return bound, None
     wanted = f"sip:{row['contact_token']}@{host or 'localhost'};transport={row['transport']}"
     is_the_same = bound == wanted and (host is not None or sender_of(row) is SipSender.DRACHTIO)
@@ -121,14 +122,30 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
             outcome, reply = await _converse(steps, partial(way, sender))
     except TimeoutError:
         outcome, reply = Outcome(Kind.TEMPORARY, error=f"no end within {_LONGEST:.0f} s"), None
+    if outcome.kind is Kind.REGISTERED and old is not None and old != _bound(account, reply):
+        outcome, reply = await _replace(account, old, way, sender, steps.cseq + 1) or (outcome, reply)
     sent, server = (reply.sent_at, reply.server) if reply else (began, None)
-    contact = account.contact.replace(_UNKNOWN, f"@{reply.local}") if reply else None
-    if outcome.kind is Kind.REGISTERED and old is not None and old != contact:
-        undo = Attempt(replace(account, contact=old), cseq=steps.cseq + 1, unregister=True)
-        with suppress(TimeoutError, LostClaim):  # else it ends by itself, with its grant
-            async with asyncio.timeout(_FOR_THE_OLD):
-                await _converse(undo, partial(way, SipSender.DRACHTIO if _is_drachtios(old) else SipSender.DIRECT))
-    return Result(outcome, began_at, began, sent, time.monotonic(), server, contact, is_over)
+    return Result(outcome, began_at, began, sent, time.monotonic(), server, _bound(account, reply), is_over)
+
+
+def _bound(account: Account, reply: Reply | None) -> str | None:
+    return account.contact.replace(_UNKNOWN, f"@{reply.local};") if reply else None
+
+
+async def _replace(
+    account: Account, old: str, way: Callable[[SipSender], Flight], sender: SipSender, cseq: int
+) -> tuple[Outcome, Reply | None] | None:
+    """Un-register the old Contact, then register the new one again: some registrars keep one binding, whichever was
+    last. None if that did not work: the old one ends by itself then, with its grant."""
+    undo = Attempt(replace(account, contact=old), cseq=cseq, unregister=True)
+    by = SipSender.DRACHTIO if _is_drachtios(old) else SipSender.DIRECT
+    with suppress(TimeoutError, LostClaim):
+        async with asyncio.timeout(_FOR_THE_OLD):
+            await _converse(undo, partial(way, by))
+            again = await _converse(Attempt(account, cseq=undo.cseq + 1), partial(way, sender))
+            if again[0].kind is Kind.REGISTERED:
+                return again
+    return None
 
 
 async def _converse(steps: Attempt, way: Callable[[], Flight]) -> tuple[Outcome, Reply | None]:

@@ -15,7 +15,7 @@ from providers.sip_backend import NotTold, SipBackend
 
 _log = log.get()
 
-_MOST = 50  # at once
+_MOST = 20  # at once
 _CLAIM = timedelta(seconds=20)  # longer than a report takes
 _SOON, _LATEST, _REFUSED = 5.0, 600.0, 3600.0  # seconds until the next try
 
@@ -55,4 +55,4 @@ def _taken(row: RowMapping) -> None:
 
 def _not_taken(row: RowMapping, error: str, wait: timedelta) -> None:
     with db.session([row["tenant_id"]]) as s:
-        SipRegistration.not_reported(s, row["tenant_id"], row["id"], error, wait)
+        SipRegistration.not_reported(s, row["tenant_id"], row["id"], row["report_revision"], error, wait)

@@ -13,7 +13,7 @@ from dramatiq.middleware import Middleware
 
 from models import Event, SipRegistration
 from pombal import db, log, metrics
-from pombal.broker import actor, broker
+from pombal.broker import HardenedBroker, actor, broker
 from pombal.errors import Permanent
 from pombal.middleware import bell_may_be_lost
 from pombal.settings import settings
@@ -41,19 +41,26 @@ def ring_registrar() -> None:
         sip_refresh.send()
 
 
-def ring_registrations() -> int:
-    """For the sweep: write down what lapsed, and ring if an account waits and nobody has taken it; returns how often
-    it rang."""
+def note_lapses() -> None:
+    """For the sweep, whatever is away but the database: write down which grants ran out."""
     is_reported = settings().require_sip_backend() is not None
     with db.session() as s:
         db.see_all(s)
         lapsed = SipRegistration.lapse(s, is_reported=is_reported)
         Event.append(s, changes(lapsed))
-        is_waited_for = SipRegistration.is_waited_for(s)
     for row in lapsed:
         metrics.sip_lapses.inc()
         names = {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
         _log.error("sip_lapsed", **names, status=row["status"], error=row["register_error"])
+
+
+def ring_registrations() -> int:
+    """For the sweep: ring if an account waits, nobody has taken it and no job is there; returns how often it rang."""
+    if isinstance(broker, HardenedBroker) and broker.waiting(_QUEUE) > 0:
+        return 0
+    with db.session() as s:
+        db.see_all(s)
+        is_waited_for = SipRegistration.is_waited_for(s)
     if not is_waited_for:
         return 0
     sip_refresh.send()

@@ -8,18 +8,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 from dramatiq import Worker
 
-from models import RegisterStatus, SipRegistration
+from models import Lease, RegisterStatus, SipRegistration
 from pombal import db, metrics
 from pombal.broker import broker, redis_client
+from pombal.clock import Clock, Sight
+from pombal.secrets import seal
 from pombal.settings import settings
+from providers.sip import Kind, Outcome
 from sandbox.sip_thread import SipThread
 from tests.factories import a_tenant, superuser
 from tests.sandbox.sip_servers import a_registrar
 from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_registering_worker, an_account, nobody_registers, until
-from workers._registrar import _MOST_OF_A_PLACE, Registrar
-from workers.sip_refresh import ring_registrar, ring_registrations, sip_refresh
+from workers._registrar import _MOST_OF_A_PLACE, Held, Registrar
+from workers._sip_attempt import Result
+from workers.sip_refresh import note_lapses, ring_registrar, ring_registrations, sip_refresh
 
 _numbers = itertools.count(5511_9000_0001)
 
@@ -82,10 +87,10 @@ def test_a_job_in_a_process_without_a_worker_registers_what_is_due_and_ends(prov
 
 def test_a_refresh_comes_before_the_grant_ends_and_keeps_call_id_and_a_growing_cseq(provider: SipThread) -> None:
     account = a_customer(provider)
-    provider.habit(account.user, grant=6)
+    provider.habit(account.user, grant=12)
 
     with a_registering_worker():
-        provider.until(lambda: provider.state(account.user)["granted"] >= 3, seconds=PATIENCE)
+        provider.until(lambda: provider.state(account.user)["granted"] >= 2, seconds=PATIENCE)
 
     seen = provider.journal(user=account.user)
     assert len({one["call_id"] for one in seen}) == 1
@@ -123,7 +128,7 @@ def test_a_refresh_that_fails_while_the_binding_lives_leaves_it_registered_with_
 
         account.set(expires_at="now() - interval '1 second'", next_refresh_at="now() + interval '1 hour'")
         assert account.row()["status"] == "failed", "before anybody wrote that down"
-        ring_registrations()
+        note_lapses()
 
     assert account.row()["register_status"] == "failed"
     assert "503" in account.row()["register_error"]
@@ -370,7 +375,7 @@ def test_a_change_during_an_attempt_has_it_made_again(provider: SipThread) -> No
 def test_a_process_that_died_with_a_claim_is_followed_by_another_once_it_ran_out(provider: SipThread) -> None:
     account = a_customer(provider)
     dead = Registrar()
-    (row,), _ = dead._claim((), Counter())
+    (row,), _ = dead._claim()
     assert row["id"] == account.id
 
     sip_refresh()
@@ -390,13 +395,51 @@ def test_a_start_is_spread_over_time_for_each_host(provider: SipThread, monkeypa
     there = [an_account("127.0.0.2", 5999, f"t{n}", tenant_id=tenant) for n in range(2)]
     here[7].ask()
 
-    rows, left = Registrar()._claim((), Counter())
+    rows, left = Registrar()._claim()
 
     ids = {row["id"] for row in rows}
     assert len(ids & {account.id for account in here}) == 4
     assert ids >= {account.id for account in there}
     assert here[7].id in ids, "somebody waits for it"
     assert left == 6
+
+
+def test_a_claim_that_ran_out_ends_its_attempt_before_the_next_one_begins() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.4", 0))
+        deaf.listen()
+        deaf.settimeout(PATIENCE)
+        account = an_account("127.0.0.4", deaf.getsockname()[1], "tcp", transport="tcp")
+        with a_registering_worker():
+            first, _ = deaf.accept()
+            account.set(claimed_until="now() - interval '1 second'")
+            second, _ = deaf.accept()
+            with first, second:
+                first.settimeout(PATIENCE)
+                while first.recv(65_536):  # until it was hung up, which it was before the second came
+                    pass
+
+
+def test_what_came_of_an_attempt_is_written_once_however_often_that_is_tried(provider: SipThread) -> None:
+    account = a_customer(provider)
+    registrar = Registrar()
+    (row,), _ = registrar._claim()
+    refused = Result.without_an_attempt(Outcome(Kind.TEMPORARY, code=503, error="503"))
+
+    for _ in range(2):
+        registrar._settle([(Held(row, 0.0), refused)])
+
+    assert (account.row()["failures"], account.outcomes) == (1, ["temporary"])
+
+
+def test_however_many_hosts_hang_there_is_room_for_one_that_does_not() -> None:
+    registrar = Registrar()
+    busy: Counter[str] = Counter()
+    hanging = {f"hanging{n}": 10_000 for n in range(40)}
+    while budget := registrar._budget(hanging, busy):
+        busy.update(budget)
+
+    assert registrar._budget({**hanging, "good": 5}, busy)["good"] == 5
 
 
 # ----------------------------------------------------------------------------------------------------------- Contacts
@@ -444,13 +487,77 @@ def test_a_worker_of_the_queue_registers_without_being_rung_and_ends_in_time(pro
     assert "registrar" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_the_sweep_rings_for_what_waits_and_not_for_what_is_worked_on(provider: SipThread) -> None:
+def test_the_sweep_rings_once_for_what_waits_and_not_for_what_is_worked_on(provider: SipThread) -> None:
+    broker.flush("sip_refresh")
     account = a_customer(provider)
     assert ring_registrations() == 0
     account.set(next_refresh_at="now() - interval '1 minute'")
     assert ring_registrations() == 1
+    assert ring_registrations() == 0, "a job waits already"
+    broker.flush("sip_refresh")
     account.set(claimed_until="now() + interval '1 minute'")
     assert ring_registrations() == 0
+
+
+def test_what_lapses_while_redis_is_away_is_written_down(provider: SipThread) -> None:
+    account = a_customer(provider, sender="external")
+    account.set(register_status="'registered'", expires_at="now() - interval '1 minute'")
+    clock = Clock()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        clock._sight = Sight(redis.Redis(port=nobody.getsockname()[1]))
+        with pytest.raises(redis.ConnectionError):
+            clock.sweep()
+
+    row = account.row()
+    assert (row["register_status"], row["unregistered_since"]) == ("failed", row["expires_at"])
+    assert kinds(account) == ["sip_failed"]
+    with db.session() as s:
+        Lease.release(s, "sweep", clock._token)
+
+
+def test_a_lapse_that_an_attempt_finds_first_is_news_all_the_same(provider: SipThread) -> None:
+    account = a_customer(provider)
+    account.set(register_status="'registered'", expires_at="now() - interval '1 minute'", unregistered_since="NULL")
+    provider.habit(account.user, code=503)
+
+    sip_refresh()
+
+    assert account.row()["unregistered_since"] == account.row()["expires_at"]
+    assert kinds(account) == ["sip_failed"]
+
+
+def test_what_is_wrong_on_our_side_is_looked_at_again_before_a_binding_ends(provider: SipThread) -> None:
+    account = a_customer(provider, sender="drachtio")
+    account.set(register_status="'registered'", expires_at="now() + interval '55 seconds'")
+
+    sip_refresh()
+
+    row = account.row()
+    assert "DRACHTIO_HOST" in row["register_error"]
+    assert row["status"] == "registered"
+    assert (row["expires_at"] - row["next_refresh_at"]).total_seconds() > 20
+
+
+def test_an_account_whose_password_is_lost_can_be_removed(provider: SipThread) -> None:
+    account = a_customer(provider)
+    with superuser() as connection:
+        sealed = seal(account.id, {})
+        connection.execute("UPDATE sip_registration SET sealed = %s, last_attempt_at = now()", [sealed])
+    account.remove()
+
+    sip_refresh()
+
+    assert count(account) == 0
+
+
+def test_an_account_that_was_disabled_for_long_is_missed_only_since_it_was_asked_for(provider: SipThread) -> None:
+    account = a_customer(provider)
+    account.set(is_enabled="false", unregistered_since="now() - interval '7 days'")
+    account.ask()
+
+    row = account.row()
+    assert (row["now"] - row["unregistered_since"]).total_seconds() < 3600
 
 
 def test_no_password_is_in_a_log_a_row_an_event_a_metric_or_a_job(

@@ -3,11 +3,14 @@
 import json
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from models import SipRegistration
+from pombal import db
 from pombal.settings import settings
 from sandbox.sip_thread import SipThread
 from tests.sandbox.sip_servers import a_registrar
@@ -135,3 +138,17 @@ def test_nothing_leaves_where_the_address_or_the_key_is_not_set(
 
     assert backend.reports == []
     assert row["report_at"] is None
+
+
+def test_news_that_came_while_a_report_failed_are_told_at_once(backend: Backend, provider: SipThread) -> None:
+    account = a_customer(provider, "11")
+    account.set(report_at="now() - interval '1 second'")
+    with db.session([account.tenant_id]) as s:
+        (row,) = SipRegistration.claim_reports(s, 10, timedelta(seconds=20))
+    account.set(report_revision="report_revision + 1", report_at="now()")
+
+    with db.session([account.tenant_id]) as s:
+        told = (row["report_revision"], "404", timedelta(hours=1))
+        SipRegistration.not_reported(s, account.tenant_id, account.id, *told)
+
+    assert account.row()["report_at"] <= account.row()["now"]
