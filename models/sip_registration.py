@@ -299,7 +299,8 @@ class SipRegistration(Tenanted, Dated, Base):
         """Write down what came of attempts, each once and under its claim (`tenant_id`, `id`, `cseq`, `revision`):
         `outcome`, `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next`
         (seconds from now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`,
-        `contact`, `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing wanted), `is_reported`.
+        `contact`, `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing
+        wanted), `is_reported`.
 
         Returns the rows that were written, with `was`, the status that was written before; the others' claims were
         lost. Rows that were to be removed and are over are gone.

@@ -502,6 +502,7 @@ def test_the_sweep_rings_once_for_what_waits_and_not_for_what_is_worked_on(provi
 def test_what_lapses_while_redis_is_away_is_written_down(provider: SipThread) -> None:
     account = a_customer(provider, sender="external")
     account.set(register_status="'registered'", expires_at="now() - interval '1 minute'")
+    account.set(updated_at="now() - interval '2 minutes'")
     clock = Clock()
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
