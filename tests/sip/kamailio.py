@@ -23,7 +23,7 @@ _PATIENCE = 60.0  # seconds
 _PROGRAM = shutil.which("kamailio") or shutil.which("kamailio", path="/usr/sbin:/usr/local/sbin")
 
 needs_kamailio = pytest.mark.skipif(
-    _PROGRAM is None, reason="kamailio is not installed (Debian: apt-get install kamailio); the simulated registrar is"
+    _PROGRAM is None, reason="kamailio is not installed (Debian: apt-get install kamailio)"
 )
 
 
