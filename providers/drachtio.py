@@ -21,6 +21,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import count
 from types import TracebackType
 from typing import NamedTuple, Self, TypeAlias
+from urllib.parse import unquote
 from uuid import uuid4
 
 from pombal import log, metrics
@@ -36,10 +37,15 @@ _WAIT = 35.0
 _PONG = 10.0  # seconds in which anything must come after a ping
 _GAP, _WIDEST_GAP = 1.0, 5.0  # seconds between two tries to connect
 _MOST_DIGITS = 5  # of a frame's length
+_MOST_BEFORE = 100  # frames until we are let in
 _MOST_EARLY = 8  # responses kept for one request whose transaction is not known yet
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
-_PRIVATE = re.compile(r"\S+@|\d{6,}")  # users and numbers, which are nobody's business in an error
+_PORT = re.compile(r"\d{1,5}", re.ASCII)
+# Users and numbers, however they are written, which are nobody's business in an error.
+_PRIVATE = re.compile(r"\S+@|\d(?:\W{0,3}\d){5,}")
+_ITSELF = re.compile(r"request to myself|server itself", re.IGNORECASE)  # in a NOK: no such registrar will ever do
+_RANK = {Transport.UDP: 0, Transport.TCP: 1, Transport.TLS: 2}
 
 _log = log.get()
 
@@ -90,7 +96,7 @@ def framed(body: bytes) -> bytes:
 class _Origin(NamedTuple):
     """Where a response came from."""
 
-    protocol: str
+    protocol: Transport
     address: _Address
     port: int
 
@@ -125,8 +131,8 @@ class Drachtio:
 
     ping_every   seconds between pings
     allowed      None: registrars may be anywhere. Otherwise only at public addresses and in these networks. Names are
-                 resolved by drachtio, so what is checked is an address in the configuration, and the one that a
-                 challenge came from, before an answer with credentials goes there.
+                 resolved by drachtio, so what is checked is an address in the configuration, and the one that an
+                 answer came from: before credentials go there, and before it counts.
     gap          seconds between tries to connect while drachtio is away: the first, and the longest
     wait         seconds for a final response; drachtio's own 408 comes after 32
     """
@@ -265,7 +271,7 @@ class Drachtio:
             if was_up:
                 _log.warning("drachtio_unreachable", why=self._why)
             return None
-        except asyncio.CancelledError:
+        except BaseException:
             if link:
                 await link.close()
             raise
@@ -311,8 +317,10 @@ class _Link:
                 words = _words(body)
                 if words[1:3] == ["response", id]:
                     answer = words[3:]
-                else:
+                elif len(rest) < _MOST_BEFORE:
                     rest.append(body)
+                else:
+                    raise _Refused("it did not let us in, and talked of other things")
         if answer[:1] != ["OK"]:
             raise _Refused("it refused the secret (DRACHTIO_SECRET)")
         hostports, version = (*answer[1:3], "", "")[:2]
@@ -481,11 +489,14 @@ class _Link:
 
 
 class _Flight:
-    """One attempt. After a challenge it stays with the address that challenged, whatever the name leads to by then."""
+    """One attempt. After a challenge it stays with the address that challenged, whatever the name leads to by then, and
+    with its transport: drachtio takes TCP for what is too long for UDP. Nothing less than the account's own is taken.
+    """
 
     def __init__(self, drachtio: Drachtio, host: str, port: int | None, transport: Transport, fence: Fence) -> None:
         self._drachtio = drachtio
         self._host, self._port, self._transport = host, port, transport
+        self._least = transport
         self._fence = fence
 
     async def __aenter__(self) -> Self:
@@ -501,9 +512,15 @@ class _Flight:
         link = await self._drachtio.link()
         final, sent_at = await link.exchange(request, target, self._fence)
         origin = final.origin
-        if final.response.status in (401, 407) and origin:
+        if origin is not None:
             self._drachtio.check(origin.address)
-            self._host, self._port, self._transport = str(origin.address), origin.port, Transport(origin.protocol)
+            if _RANK[origin.protocol] < _RANK[self._least]:
+                came, wanted = origin.protocol.upper(), self._least.upper()
+                raise NotSent(Trouble.PERMANENT, f"the answer came by {came}, but the account's transport is {wanted}")
+        if final.response.status in (401, 407):
+            if origin is None:  # so nobody knows who would get the credentials
+                raise NotSent(Trouble.TEMPORARY, "drachtio did not say where the challenge came from")
+            self._host, self._port, self._transport = str(origin.address), origin.port, origin.protocol
         return Reply(final.response, str(origin or "drachtio"), sent_at)
 
 
@@ -514,9 +531,10 @@ def _words(body: bytes) -> list[str]:
 
 def _address(text: str) -> _Address | None:
     try:
-        return ip_address(text.strip("[]"))
+        found = ip_address(text.strip("[]"))
     except ValueError:
         return None
+    return None if isinstance(found, IPv6Address) and found.scope_id else found  # a scope could say anything
 
 
 def _bracketed(host: str) -> str:
@@ -525,9 +543,9 @@ def _bracketed(host: str) -> str:
 
 def _origin(protocol: str, address: str, port: str) -> _Origin | None:
     found = _address(address)
-    if found is None or protocol not in set(Transport) or not port.isdecimal() or not 0 < int(port) < 65536:
+    if found is None or protocol not in set(Transport) or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         return None
-    return _Origin(protocol, found, int(port))
+    return _Origin(Transport(protocol), found, int(port))
 
 
 def _dropped(reason: str) -> None:
@@ -535,9 +553,14 @@ def _dropped(reason: str) -> None:
 
 
 def _refused(reason: str) -> NotSent:
-    """drachtio's NOK. A transport that it does not have is its configuration; the rest is about this request."""
-    trouble = Trouble.OURS if "not available" in reason.lower() else Trouble.PERMANENT
-    words = _PRIVATE.sub("…", "".join(char if char.isprintable() else " " for char in reason)).strip()[:120]
+    """drachtio's NOK. A transport that it does not have is its configuration, itself as the registrar the account's; of
+    what else it says nobody knows how long it lasts."""
+    if "not available" in reason.lower():
+        trouble = Trouble.OURS
+    else:
+        trouble = Trouble.PERMANENT if _ITSELF.search(reason) else Trouble.TEMPORARY
+    reason = "".join(char if char.isprintable() else " " for char in unquote(reason, errors="replace"))
+    words = _PRIVATE.sub("…", reason).strip()[:120]
     return NotSent(trouble, f"drachtio refused the request: {words or 'it did not say why'}")
 
 

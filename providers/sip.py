@@ -13,21 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from providers.sip_digest import Challenge, Refused, answer, challenges, choose, strength
 from providers.sip_flight import NotSent, Trouble
 from providers.sip_message import Contact, Request, Response, contacts, encode, host_in_uri, parse_uri
 
 LONGEST = 24 * 3600  # seconds: what any registrar's word is cut to
+SHORTEST = 10  # seconds: a grant of less is no registration
 MOST_REQUESTS = 6  # of one attempt
-_MOST_ANSWERS = 2  # to the challenges of one asker, for one interval that was asked for
+_MOST_ANSWERS = 2  # to the challenges of one asker (security-reliability.md R1)
 
 _TEMPORARY_4XX = frozenset({408, 429, 480, 491})
 _PERMANENT_ABOVE_4XX = frozenset({501, 505, 604})
 
 _LAST_CALL = 25.0  # seconds before a binding ends: when a failed refresh is tried once more
 _SHORTEST_WAIT = 5.0
+
+_NUMBER = re.compile(r"\d(?:[\s()-]{0,3}\d){5,}")  # somebody's, in words of ours: addresses and ports stay
+_FOREIGN_NUMBER = re.compile(r"(?<!SHA-)\d(?:\W{0,3}\d){5,}")  # however it is written; SHA-512-256 is none
 
 
 class Transport(StrEnum):
@@ -101,9 +105,8 @@ class Attempt:
         self._requests = 0
         self._was_too_brief = False
         self._credentials: dict[bool, _Credentials] = {}  # by whether they are for a proxy
-        self._answers: Counter[bool] = (
-            Counter()
-        )  # to challenges of either, since the interval asked for was last changed
+        self._answers: Counter[bool] = Counter()  # to challenges, by the same
+        self._answers_to_brief: Counter[bool] = Counter()  # those before a 423
         self._notes: list[str] = []
 
     def begin(self) -> Request:
@@ -128,7 +131,7 @@ class Attempt:
             Trouble.PERMANENT: Kind.PERMANENT,
             Trouble.OURS: Kind.OURS,
         }[not_sent.trouble]
-        return self._outcome(kind, not_sent.code, self._clean(not_sent.text, most=200))
+        return self._outcome(kind, not_sent.code, self._clean(not_sent.text, _NUMBER, most=200))
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -157,9 +160,12 @@ class Attempt:
         try:
             challenge = choose(challenges(response), allows_md5=self._account.allows_md5, known=self._known(before))
         except Refused as refused:
-            return self._outcome(Kind.PERMANENT, response.status, f"{response.status}: {self._clean(str(refused))}")
+            error = f"{response.status}: {self._clean_foreign(str(refused))}"
+            return self._outcome(Kind.PERMANENT, response.status, error)
         is_about_nonce = before is None or challenge.is_stale or challenge.nonce != before.challenge.nonce
-        if not is_about_nonce or self._answers[is_proxy] >= _MOST_ANSWERS:
+        # The nonce of answers that a 423 followed may have run out: one more, whatever their number.
+        most = max(_MOST_ANSWERS, self._answers_to_brief[is_proxy] + 1)
+        if not is_about_nonce or self._answers[is_proxy] >= most:
             return self._outcome(
                 Kind.PERMANENT, response.status, f"{response.status}: the credentials were not accepted"
             )
@@ -187,7 +193,7 @@ class Attempt:
             if is_usable and self._requests < MOST_REQUESTS:
                 self._was_too_brief = True
                 self._asked = least
-                self._answers.clear()
+                self._answers_to_brief = self._answers.copy()
                 return self._request()
         return self._outcome(Kind.PERMANENT, 423, error)
 
@@ -198,15 +204,27 @@ class Attempt:
         answered = [credentials.challenge.algorithm for credentials in self._credentials.values()]
         algorithm = min(answered, key=strength, default=None)
         if self._unregister:
-            return self._outcome(Kind.UNREGISTERED, response.status, algorithm=algorithm)
+            return self._unbound(response, algorithm)
         granted = self._granted(response)
         if granted > LONGEST:
             self._note(f"{granted} seconds were granted; taken as {LONGEST}")
             granted = LONGEST
-        if granted == 0:
-            error = f"{response.status}, but 0 seconds were granted"
+        if granted < SHORTEST:
+            # Nobody can keep that up: it would end before the next REGISTER more often than not, and what was not
+            # granted is not claimed (R5 would take it as 30 s).
+            only = f"only {granted} s were granted" if granted else "0 seconds were granted"
+            error = f"{response.status}, but {only}"
             return self._outcome(Kind.TEMPORARY, response.status, error, retry_after=_retry_after(response))
         return self._outcome(Kind.REGISTERED, response.status, granted=granted, algorithm=algorithm)
+
+    def _unbound(self, response: Response, algorithm: str | None) -> Outcome:
+        """What is left is listed (RFC 3261 §10.3): other people's bindings may be, ours not."""
+        own = parse_uri(self._account.contact)
+        left = [_seconds(contact.expires) for contact in contacts(response) if own and contact.uri.user == own.user]
+        if any(left):
+            error = f"{response.status}, but our contact is still bound"
+            return self._outcome(Kind.TEMPORARY, response.status, error, retry_after=_retry_after(response))
+        return self._outcome(Kind.UNREGISTERED, response.status, algorithm=algorithm)
 
     def _granted(self, response: Response) -> int:
         """What our own binding got, not somebody else's, which is listed too (sip-registration.md §3)."""
@@ -228,15 +246,18 @@ class Attempt:
         return self._asked
 
     def _best(self, ours: list[Contact]) -> int | None:
-        """Of several bindings with our token the others are of an earlier address of ours, and have less left."""
+        """Of several bindings with our token the others are of earlier addresses of ours; nobody can tell which.
+
+        The one that ends first counts: to come too early does no harm. One that is as good as over does not.
+        """
         given = [seconds for contact in ours if (seconds := _seconds(contact.expires)) is not None]
         if len(given) > 1:
             self._note("our contact is listed more than once")
-        return max([seconds for seconds in given if seconds <= self._asked], default=min(given, default=None))
+        return min([seconds for seconds in given if seconds >= SHORTEST], default=max(given, default=None))
 
     def _refused(self, response: Response) -> Outcome:
         status = response.status
-        error = f"{status} {self._clean(response.reason)}".rstrip()
+        error = f"{status} {self._clean_foreign(response.reason)}".rstrip()
         retry_after = _retry_after(response)
         if status < 200:
             return self._outcome(Kind.TEMPORARY, status, f"{error}: no final answer", retry_after=retry_after)
@@ -267,8 +288,8 @@ class Attempt:
     def _note(self, text: str) -> None:
         self._notes.append(text)
 
-    def _clean(self, text: str, most: int = 80) -> str:
-        """Foreign words fit for an operator: printable, short, without the account's secrets or anybody's number."""
+    def _clean(self, text: str, number: re.Pattern[str], most: int) -> str:
+        """Words fit for an operator: printable, short, without the account's secrets or anybody's number."""
         account = self._account
         token = uri.user if (uri := parse_uri(account.contact)) else ""
         for secret in sorted({account.user, account.auth_user, account.password, token}, key=len, reverse=True):
@@ -276,8 +297,12 @@ class Attempt:
                 # One or two letters occur in any sentence: these only as a word of their own.
                 pattern = re.escape(form) if len(form) > 2 else rf"(?<!\w){re.escape(form)}(?!\w)"
                 text = re.sub(pattern, "…", text, flags=re.IGNORECASE)
-        text = re.sub(r"\d(?:[\s()-]{0,3}\d){5,}", "…", text)
+        text = number.sub("…", text)
         return "".join(char if char.isprintable() else " " for char in text).strip()[:most]
+
+    def _clean_foreign(self, text: str) -> str:
+        """The same for the provider's words, in which a number may be written in any way."""
+        return self._clean(unquote(text, errors="replace"), _FOREIGN_NUMBER, most=80)
 
 
 @dataclass
@@ -298,8 +323,9 @@ class _Credentials:
 def refresh_after(granted: int, dice: Random) -> float:
     """Seconds from when the request was sent until the next REGISTER: 60 s before the end, half way for short grants.
 
-    Up to 10 s earlier by chance, never later. Never less than 5 s: a grant of less lapses in between, since a registrar
-    that grants one second shall not be asked each second.
+    Up to 10 s earlier by chance, never later, and never less than 5 s. Grants under 10 s do not come here: they are
+    failures, since an account would lapse and come back each few seconds. security-reliability.md R5 takes them as
+    30 s; we do not say that we are registered for longer than was granted.
     """
     lead = 60.0 if granted >= 120 else granted / 2
     jitter = dice.uniform(0, min(10.0, granted / 10))

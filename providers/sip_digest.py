@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from providers.sip_message import Response, split_outside_quotes
+from providers.sip_message import Response, pieces_outside_quotes
 
 _HASHES: Mapping[str, Callable[[bytes], str]] = {
     "md5": lambda data: hashlib.md5(data, usedforsecurity=False).hexdigest(),
@@ -18,6 +18,10 @@ _HASHES: Mapping[str, Callable[[bytes], str]] = {
 }
 _STRENGTH = {"md5": 1, "sha-256": 2, "sha-512-256": 3}
 _CANONICAL = {"md5": "MD5", "sha-256": "SHA-256", "sha-512-256": "SHA-512-256"}
+
+_LONGEST = 4096  # bytes of what an answer repeats: realm, nonce and opaque
+_MOST_CHALLENGES = 20  # of a response that are looked at
+_MOST_PARAMS = 40  # of a challenge
 
 _WORD = r"[\w!%'*+.`~-]+"
 _PARAM = re.compile(rf'(?:({_WORD})[ \t]+)?({_WORD})[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s"]*)', re.ASCII | re.DOTALL)
@@ -81,6 +85,8 @@ class Challenge:
             return f"digest qop {', '.join(self._qops)} is not supported"
         if "nonce" not in self.params or "realm" not in self.params:
             return "the challenge has no nonce or no realm"
+        if sum(len(self.params.get(name, "").encode()) for name in ("realm", "nonce", "opaque")) > _LONGEST:
+            return "the challenge is too long"
         if any(_CONTROL.search(value) or "\ufffd" in value for value in self.params.values()):
             return "the challenge holds control characters or is not UTF-8"
         return None
@@ -99,11 +105,13 @@ class Challenge:
 
 
 def challenges(response: Response) -> list[Challenge]:
-    """What a 401 (WWW-Authenticate) or 407 (Proxy-Authenticate) asks for, topmost first, whatever the scheme."""
+    """What a 401 (WWW-Authenticate) or 407 (Proxy-Authenticate) asks for, topmost first, whatever the scheme: 20 at
+    most."""
     is_proxy = response.status == 407
     found: list[Challenge] = []
     for line in response.all("proxy-authenticate" if is_proxy else "www-authenticate"):
-        found += _challenges(line, is_proxy)
+        if len(found) < _MOST_CHALLENGES:
+            found += _challenges(line, is_proxy, _MOST_CHALLENGES - len(found))
     return found
 
 
@@ -155,8 +163,8 @@ def answer(
         ("uri", _quoted(uri)),
         ("response", _quoted(response)),
     ]
-    if "algorithm" in challenge.params:
-        params.append(("algorithm", challenge.params["algorithm"]))
+    if given := challenge.params.get("algorithm"):  # `algorithm=""` would not be a word
+        params.append(("algorithm", given))
     if challenge.has_qop or challenge._has_session_key:
         params.append(("cnonce", _quoted(cnonce)))
     if "opaque" in challenge.params:
@@ -166,20 +174,22 @@ def answer(
     return "Digest " + ", ".join(f"{name}={value}" for name, value in params)
 
 
-def _challenges(line: str, is_proxy: bool) -> list[Challenge]:
+def _challenges(line: str, is_proxy: bool, most: int) -> list[Challenge]:
     """One header line taken apart: a piece `Scheme name=value` begins the next challenge, `name=value` goes on with it.
 
     What cannot be understood ends the line, and spoils the challenge that it stands in.
     """
     found: list[Challenge] = []
     params: dict[str, str] = {}  # of the last one found
-    for piece in split_outside_quotes(line, ","):
+    for piece in pieces_outside_quotes(line, ","):
         param = _PARAM.fullmatch(piece)
         scheme = param[1] if param else piece
         if scheme is not None and _SCHEME.fullmatch(scheme):
+            if len(found) >= most:
+                break
             params = {}
             found.append(Challenge(scheme, is_proxy, params))
-        if param and found:
+        if param and found and len(params) < _MOST_PARAMS:
             params.setdefault(param[2].lower(), _unquoted(param[3]))
         elif param or not _SCHEME.fullmatch(piece):
             if found:

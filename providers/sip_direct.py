@@ -1,7 +1,8 @@
 """The direct sender: REGISTER over UDP, TCP and TLS from sockets of our own (sip-registration.md §2, §3).
 
 `DirectFlight` is one attempt's way to its registrar. It finds the addresses (`sip_dns`), sends and repeats as RFC 3261
-says, goes on to the next address after silence, an error or a 503, and stays with the server that has answered. Only a
+says, goes on to the next address after silence, an error or a 503, and stays with the server that has answered. A
+request that is too long for a datagram goes by TCP to the same address, if somebody is there (RFC 3261 §18.1.1). Only a
 reply with our branch, Call-ID, CSeq number and method counts; all else is dropped and counted (security-reliability.md
 R3, R4). `explain` says what a flight would do and sends nothing but questions to DNS.
 """
@@ -31,8 +32,12 @@ _T2 = 8  # times T1: the longest pause between datagrams
 _SILENT = 4  # a silent server that is not the last may have one part in this many of the budget
 _WHOLE = 1.2  # times the budget: all of an attempt, so that its outcome is known within 40 s (R1)
 _BACKLOG = 100  # datagrams that wait to be read
-_MOST_FOREIGN = 1_000  # messages on one connection that are not ours; then it is given up
-_READ = 64 * 1024
+_LARGEST_DATAGRAM = 8 * 1024  # bytes that are read; a real answer to REGISTER has 300 to 2,000
+_READ = 4 * 1024
+_MOST_BY_UDP = 1300  # bytes of a request (RFC 3261 §18.1.1)
+_OURS = 200  # bytes at most that a sender adds to a request: Via, our address in the Contact, two short headers
+_MOST_FOREIGN = 200  # messages that are not ours: then a connection is given up, and each further datagram has to wait
+_TICK = 0.01  # seconds that it waits
 
 
 class DirectFlight:
@@ -115,7 +120,7 @@ class DirectFlight:
     async def _again(self, way: "_Way", request: Request) -> Reply:
         """The answer of the server that has answered before, and of no other: it knows the nonce it gave us."""
         until = self._until()
-        if way.is_open:
+        if way.is_open and not _needs_tcp(way.target, request):
             try:
                 return await self._ask(way, request, until - time.monotonic())
             except _HungUp:
@@ -128,6 +133,15 @@ class DirectFlight:
 
     async def _try(self, target: Target, request: Request, window: float) -> tuple["_Way", Reply]:
         """A new way to this server, and its answer. Raises `_Lost`."""
+        began = time.monotonic()
+        if _needs_tcp(target, request):
+            try:
+                return await self._by(target._replace(transport=Transport.TCP), request, window)
+            except _RefusedBy:
+                pass  # so it goes in fragments after all
+        return await self._by(target, request, window - (time.monotonic() - began))
+
+    async def _by(self, target: Target, request: Request, window: float) -> tuple["_Way", Reply]:
         began = time.monotonic()
         way = await self._open(target, window)
         try:
@@ -172,11 +186,12 @@ class DirectFlight:
             pause = min(2 * pause, _T2 * self._t1)
             while (response := await way.heard(began + min(due, seconds))) is not None:
                 if (response.branch, response.call_id, response.cseq, response.method) != ours:
-                    metrics.sip_dropped.labels("foreign").inc()
-                    way.count_foreign()
+                    await way.drop("foreign")
+                    if time.monotonic() - began >= min(due, seconds):  # else a flood could go on for ever
+                        break
                 elif response.status >= 200:
                     return Reply(response, way.target.where, began, contact_host)
-                elif not is_provisional:
+                elif not is_provisional and not way.is_reliable:
                     is_provisional, pause = True, _T2 * self._t1
                     due = time.monotonic() - began + pause
             if due >= seconds:
@@ -252,6 +267,10 @@ class _Lost(Exception):
         return self._text.replace("{}", where)
 
 
+class _RefusedBy(_Lost):
+    """Nobody listens there."""
+
+
 class _HungUp(_Lost):
     """The connection is gone, by the server's will or the network's."""
 
@@ -272,8 +291,9 @@ class _Way(Protocol):
         """The next response, whoever's; None when there is none until then (`time.monotonic()`). Raises `_Lost`."""
         ...
 
-    def count_foreign(self) -> None:
-        """Called for each response that is not ours. Raises `_Lost` when there were too many."""
+    async def drop(self, why: str) -> None:
+        """Counts what is not ours. After many of them it takes its time, or raises `_Lost`: a server that floods us
+        shall hold up its own account only."""
         ...
 
     async def close(self) -> None: ...
@@ -288,6 +308,7 @@ class _Datagrams(asyncio.DatagramProtocol):
     def __init__(self, target: Target) -> None:
         self.target = target
         self._came: asyncio.Queue[bytes | OSError] = asyncio.Queue(_BACKLOG)
+        self._dropped = 0
         self._is_closed = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -304,7 +325,9 @@ class _Datagrams(asyncio.DatagramProtocol):
         self.local = transport.get_extra_info("sockname")[:2]
 
     def datagram_received(self, data: bytes, addr: object) -> None:
-        if self._came.full():  # somebody is flooding us
+        if len(data) > _LARGEST_DATAGRAM:
+            metrics.sip_dropped.labels("malformed").inc()
+        elif self._came.full():  # somebody is flooding us
             metrics.sip_dropped.labels("foreign").inc()
         else:
             self._came.put_nowait(data)
@@ -331,11 +354,15 @@ class _Datagrams(asyncio.DatagramProtocol):
                         continue
                     if (response := read(data)) is not None:
                         return response
-                    metrics.sip_dropped.labels("malformed").inc()
+                    await self.drop("malformed")
         return None
 
-    def count_foreign(self) -> None:
+    async def drop(self, why: str) -> None:
         """Anybody can send us datagrams in the server's name: that must not end the wait for its own."""
+        metrics.sip_dropped.labels(why).inc()
+        self._dropped += 1
+        if self._dropped > _MOST_FOREIGN:
+            await asyncio.sleep(_TICK)
 
     async def close(self) -> None:
         self._transport.abort()
@@ -352,7 +379,7 @@ class _Stream:
         self.local: tuple[str, int] = writer.get_extra_info("sockname")[:2]
         self._framer = Framer()
         self._frames: list[bytes] = []
-        self._foreign = 0
+        self._dropped = 0
 
     @classmethod
     async def open(cls, target: Target, context: ssl.SSLContext | None, name: str) -> Self:
@@ -385,8 +412,7 @@ class _Stream:
                     while self._frames:
                         if (response := read(self._frames.pop(0))) is not None:
                             return response
-                        metrics.sip_dropped.labels("malformed").inc()
-                        self.count_foreign()
+                        await self.drop("malformed")
                     self._frames = await self._more()
         return None
 
@@ -403,9 +429,10 @@ class _Stream:
             metrics.sip_dropped.labels("malformed").inc()
             raise _Lost(self.target, "what {} sends is not SIP") from None
 
-    def count_foreign(self) -> None:
-        self._foreign += 1
-        if self._foreign > _MOST_FOREIGN:
+    async def drop(self, why: str) -> None:
+        metrics.sip_dropped.labels(why).inc()
+        self._dropped += 1
+        if self._dropped > _MOST_FOREIGN:
             raise _Lost(self.target, "{} sends too much that is no answer")
 
     async def close(self) -> None:
@@ -421,8 +448,12 @@ def _ssl_context() -> ssl.SSLContext:
 
 def _lost(target: Target, error: OSError) -> _Lost:
     if isinstance(error, ConnectionRefusedError):
-        return _Lost(target, "refused by {}")
+        return _RefusedBy(target, "refused by {}")
     return _Lost(target, f"cannot reach {{}} ({error.strerror or type(error).__name__})")
+
+
+def _needs_tcp(target: Target, request: Request) -> bool:
+    return target.transport is Transport.UDP and len(encode(request)) + _OURS > _MOST_BY_UDP
 
 
 def _seconds(number: float) -> str:

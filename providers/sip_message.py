@@ -5,8 +5,9 @@ stream into messages; `contacts` lists the bindings of a response. Facts: sip-re
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from urllib.parse import unquote
 
 LARGEST = 64 * 1024  # bytes of a message; a real answer to REGISTER is 300 to 2,000
@@ -76,7 +77,7 @@ class Response:
 
     def first(self, name: str) -> str | None:
         """The first value of a header; None where there is none."""
-        return next(iter(self.all(name)), None)
+        return next(iter(_values(self.headers, name.lower(), 1)), None)
 
 
 @dataclass(frozen=True)
@@ -229,27 +230,35 @@ def host_in_uri(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def split_outside_quotes(text: str, separator: str, most: int | None = None) -> list[str]:
-    """Text cut at a separator that stands neither in quotes nor between `<` and `>`; blank pieces are left out."""
-    pieces: list[str] = []
-    start, quoted, bracketed, escaped = 0, False, False, False
-    for at, char in enumerate(text):
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped, quoted = char == "\\", char != '"'
+def split_outside_quotes(text: str, separator: str) -> list[str]:
+    """All of `pieces_outside_quotes`."""
+    return list(pieces_outside_quotes(text, separator))
+
+
+def pieces_outside_quotes(text: str, separator: str) -> Iterator[str]:
+    """Text cut at a separator that stands neither in quotes nor between `<` and `>`; blank pieces are left out.
+
+    No further than somebody asks for pieces.
+    """
+    start, goes_on, quoted, bracketed = 0, 0, False, False
+    for found in re.finditer(rf'[\\"<>{re.escape(separator)}]', text):
+        at, char = found.start(), found[0]
+        if at < goes_on:
+            continue
+        if quoted:
+            if char == "\\":
+                goes_on = at + 2
+            quoted = char != '"'
         elif char == '"' and not bracketed:
             quoted = True
         elif char in "<>":
             bracketed = char == "<"
         elif char == separator and not bracketed:
-            pieces.append(text[start:at])
+            if piece := text[start:at].strip():
+                yield piece
             start = at + 1
-            if most is not None and len(pieces) >= most:
-                break
-    else:
-        pieces.append(text[start:])
-    return [stripped for piece in pieces if (stripped := piece.strip())]
+    if piece := text[start:].strip():
+        yield piece
 
 
 def _head_and_body(data: bytes) -> tuple[bytes, bytes]:
@@ -281,12 +290,12 @@ def _text(line: bytes) -> str:
     return line.removesuffix(b"\r").decode(errors="replace")
 
 
-def _values(headers: tuple[tuple[str, str], ...], name: str) -> list[str]:
+def _values(headers: tuple[tuple[str, str], ...], name: str, most: int = _MOST_VALUES) -> list[str]:
     values: list[str] = []
     for key, value in headers:
-        if key == name:
-            values += split_outside_quotes(value, ",", _MOST_VALUES) if name in _LISTS else [value]
-    return values[:_MOST_VALUES]
+        if key == name and len(values) < most:
+            values += islice(pieces_outside_quotes(value, ","), most - len(values)) if name in _LISTS else [value]
+    return values
 
 
 def _content_length(headers: tuple[tuple[str, str], ...]) -> int:
@@ -301,7 +310,7 @@ def _content_length(headers: tuple[tuple[str, str], ...]) -> int:
 
 
 def _branch(headers: tuple[tuple[str, str], ...]) -> str:
-    topmost = next(iter(_values(headers, "via")), "")
+    topmost = next(iter(_values(headers, "via", 1)), "")
     return _params(split_outside_quotes(topmost, ";")[1:], lower=False).get("branch", "")
 
 

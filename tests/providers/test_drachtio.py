@@ -3,7 +3,7 @@ neither would do a control port of these tests. Nothing depends on how long anyt
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from ipaddress import ip_network
 from typing import Any, TypeVar
 
@@ -277,10 +277,13 @@ def test_it_says_where_it_sends_from(standin: Standin) -> None:
         (
             "udp",
             {"nok": f"no way to sip:{USER}@pombal.test or {USER}"},
-            Trouble.PERMANENT,
+            Trouble.TEMPORARY,
             "no way to …pombal.test or …",
         ),
-        ("udp", {"nok": "x" * 400}, Trouble.PERMANENT, "x" * 120),
+        ("udp", {"nok": "for +55.11.98888-7777 or %35511988887777"}, Trouble.TEMPORARY, "for +… or …"),
+        ("udp", {"nok": "x" * 400}, Trouble.TEMPORARY, "x" * 120),
+        ("udp", {"nok": "Error creating leg"}, Trouble.TEMPORARY, "Error creating leg"),
+        ("udp", {"nok": "can not send request to myself"}, Trouble.PERMANENT, "can not send request to myself"),
     ],
 )
 def test_a_refusal_says_why_and_names_nobody(
@@ -316,7 +319,7 @@ def test_drachtios_own_408_and_503_are_answers(registrar: SipThread) -> None:
         return [silent, await nobody.exchange(a_request(2))]
 
     with a_drachtio(timeout=0.3) as standin:
-        replies = within(standin.port, work)
+        replies = within(standin.port, work, allowed=LOOPBACK)
 
     assert [(reply.response.status, reply.server) for reply in replies] == [(408, "drachtio"), (503, "drachtio")]
 
@@ -486,13 +489,16 @@ def accepted(id: str, transaction: str) -> str:
 
 
 async def against(
-    say: Callable[[str, list[str]], list[tuple[str, str]]], work: Callable[[Flight], Awaitable[T]]
+    say: Callable[[str, list[str]], list[tuple[str, str]]],
+    work: Callable[[Flight], Awaitable[T]],
+    transport: Transport = Transport.UDP,
+    **options: Any,
 ) -> tuple[T, list[str]]:
     async with a_port(say) as (port, proxies):
-        drachtio = Drachtio("127.0.0.1", port, SECRET)
+        drachtio = Drachtio("127.0.0.1", port, SECRET, **options)
         try:
             async with asyncio.timeout(PATIENT):
-                flight = drachtio.flight("pombal.test", None, Transport.UDP, None, lambda: None)
+                flight = drachtio.flight("pombal.test", None, transport, None, lambda: None)
                 return await work(flight), proxies
         finally:
             await drachtio.close()
@@ -537,18 +543,100 @@ def test_only_the_final_response_to_this_very_request_counts() -> None:
     assert (dropped("foreign") - foreign, dropped("malformed") - malformed) == (5, 2)
 
 
-@pytest.mark.parametrize("origin", ["udp||0", "|2001:db8::x|5060", "udp|192.0.2.1|99999", "ws|192.0.2.1|80"])
-def test_a_challenge_from_nowhere_changes_no_course(origin: str) -> None:
+@pytest.mark.parametrize("status", [401, 407])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "udp||0",
+        "|2001:db8::x|5060",
+        "udp|fe80::1%eth0|5060",
+        "udp|registrar.internal|5060",
+        "udp|192.0.2.1|0",
+        "udp|192.0.2.1|99999",
+        f"udp|192.0.2.1|{'9' * 5_000}",
+        "udp|192.0.2.1|٥٠٦٠",
+        "ws|192.0.2.1|80",
+    ],
+)
+def test_nobody_knows_who_would_get_credentials_for_a_challenge_from_nowhere(origin: str, status: int) -> None:
     def say(id: str, lines: list[str]) -> list[tuple[str, str]]:
-        return [(accepted(id, id), ""), (network(id, origin), a_response(401, lines))]
+        return [(accepted(id, id), ""), (network(id, origin), a_response(status, lines))]
 
-    async def work(flight: Flight) -> None:
-        for i in (1, 2):
-            await flight.exchange(a_request(i))
+    async def work(flight: Flight) -> NotSent:
+        return await failure(flight.exchange(a_request()))
 
-    _, proxies = asyncio.run(against(say, work))
+    failed, proxies = asyncio.run(against(say, work))
 
-    assert proxies == ["sip:pombal.test;transport=udp"] * 2
+    assert failed.trouble is Trouble.TEMPORARY
+    assert failed.text == "drachtio did not say where the challenge came from"
+    assert len(proxies) == 1
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 503])
+def test_no_answer_counts_that_came_from_where_nobody_may_be_registered(status: int) -> None:
+    def say(id: str, lines: list[str]) -> list[tuple[str, str]]:
+        return [(accepted(id, id), ""), (network(id, "udp|10.0.0.5|5060"), a_response(status, lines))]
+
+    async def work(flight: Flight) -> NotSent:
+        return await failure(flight.exchange(a_request()))
+
+    failed, _ = asyncio.run(against(say, work, allowed=[]))
+
+    assert failed.trouble is Trouble.PERMANENT
+    assert "SIP_ALLOWED_NETWORKS" in failed.text
+
+
+@pytest.mark.parametrize(("wanted", "came"), [("tls", "tcp"), ("tls", "udp"), ("tcp", "udp")])
+@pytest.mark.parametrize("status", [200, 401])
+def test_the_transport_of_an_account_is_never_lowered(wanted: str, came: str, status: int) -> None:
+    def say(id: str, lines: list[str]) -> list[tuple[str, str]]:
+        return [(accepted(id, id), ""), (network(id, f"{came}|192.0.2.1|5060"), a_response(status, lines))]
+
+    async def work(flight: Flight) -> NotSent:
+        return await failure(flight.exchange(a_request()))
+
+    failed, proxies = asyncio.run(against(say, work, Transport(wanted)))
+
+    assert failed.trouble is Trouble.PERMANENT
+    assert failed.text == f"the answer came by {came.upper()}, but the account's transport is {wanted.upper()}"
+    assert proxies == [f"sip:pombal.test;transport={wanted}"]
+
+
+@pytest.mark.parametrize(("frames", "is_let_in"), [(100, True), (101, False)])
+def test_who_talks_before_letting_us_in_is_not_listened_to_for_ever(frames: int, is_let_in: bool) -> None:
+    async def run() -> NotSent | str:
+        was_left = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with closing(writer):
+                id = (await reader.read(65536)).partition(b"#")[2].partition(b"|")[0].decode()
+                writer.write(framed(b"u|cdr:attempt|network\r\n") * frames)
+                writer.write(framed(f"u|response|{id}|OK|udp/127.0.0.1:5060|v0.9.10".encode()))
+                with suppress(OSError):
+                    while await reader.read(65536):
+                        pass
+                was_left.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server, asyncio.timeout(PATIENT):
+            drachtio = Drachtio("127.0.0.1", server.sockets[0].getsockname()[1], SECRET)
+            try:
+                return (await drachtio.hello()).version
+            except NotSent as failed:
+                await was_left.wait()  # before it is closed: the connection did not outlive the failure
+                return failed
+            finally:
+                await drachtio.close()
+                await was_left.wait()
+
+    came = asyncio.run(run())
+
+    if is_let_in:
+        assert came == "v0.9.10"
+    else:
+        assert isinstance(came, NotSent)
+        assert came.trouble is Trouble.OURS
+        assert "it did not let us in" in came.text
 
 
 # Frames

@@ -192,6 +192,39 @@ def test_a_second_423_names_both_values() -> None:
     assert came.error == "423: the interval is too brief, at least 900 s are wanted; 600 s were asked for"
 
 
+def test_answers_before_a_423_count_too_and_one_more_is_for_a_nonce_that_ran_out_meanwhile() -> None:
+    before = [challenged("c0ffee1"), challenged("c0ffee2"), said(423, min_expires="600")]
+    refused = Outcome(Kind.PERMANENT, 401, "401: the credentials were not accepted")
+
+    assert converse(*before, challenged("c0ffee3"), said(200, contact=f"{OWN};expires=600"))[0] == Outcome(
+        Kind.REGISTERED, 200, granted=600, algorithm="MD5"
+    )
+    assert outcome(*before, challenged("c0ffee2")) == refused
+    assert outcome(*before, challenged("c0ffee3"), challenged("c0ffee4")) == refused
+    assert outcome(said(423, min_expires="600"), *[challenged(f"c0ffee{n}") for n in range(3)]) == refused
+
+
+def test_a_challenge_too_long_to_repeat_is_refused() -> None:
+    came, asked = converse(challenged("n" * 5_000))
+
+    assert came == Outcome(Kind.PERMANENT, 401, "401: the challenge is too long")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "left", [OWN, "<sip:p7f0c2@10.0.0.1:9>"], ids=["as it was bound", "as the registrar has rewritten it"]
+)
+def test_an_un_register_that_leaves_us_bound_has_failed(left: str) -> None:
+    def answered(seconds: int) -> Response:
+        return said(200, contact=["<sip:other@198.51.100.7>;expires=900", f"{left};expires={seconds}"])
+
+    came = outcome(answered(290), unregister=True)
+
+    assert (came.kind, came.error) == (Kind.TEMPORARY, "200, but our contact is still bound")
+    assert outcome(answered(0), unregister=True).kind is Kind.UNREGISTERED
+    assert outcome(said(200, contact=left), unregister=True).kind is Kind.UNREGISTERED
+
+
 def test_an_un_register_asks_for_no_time_and_answers_challenges_too() -> None:
     came, asked = converse(challenged(), said(200, contact="<sip:other@198.51.100.7>;expires=900"), unregister=True)
 
@@ -235,12 +268,15 @@ def test_every_conversation_ends_soon(answers: list[Response]) -> None:
     [
         ({"contact": f"{OWN};expires=120", "expires": "900"}, 120, None),
         ({"contact": OWN, "expires": "900"}, 900, None),
-        ({"contact": f"{OWN};expires=1"}, 1, None),
+        ({"contact": f"{OWN};expires=10"}, 10, None),
         ({"contact": OWN}, 300, "taken as asked for"),
         ({}, 300, "taken as asked for"),
         ({"expires": "90"}, 90, "not listed"),
         ({"contact": "<sip:p7f0c2@10.0.0.1:9999;transport=tcp>;expires=77", "expires": "900"}, 77, None),
+        ({"contact": ["<sip:p7f0c2@10.0.0.1>;expires=290", "<sip:p7f0c2@10.0.0.2>;expires=60"]}, 60, "more than once"),
         ({"contact": ["<sip:p7f0c2@10.0.0.1>;expires=9", "<sip:p7f0c2@10.0.0.2>;expires=99"]}, 99, "more than once"),
+        ({"contact": ["<sip:p7f0c2@10.0.0.1>;expires=0", "<sip:p7f0c2@10.0.0.2>;expires=99"]}, 99, "more than once"),
+        ({"contact": ["<sip:p7f0c2@10.0.0.1>;expires=60", f"{OWN};expires=290"]}, 290, None),
         ({"contact": ["<sip:x@h>;expires=5", "<sip:5511987654321@1.2.3.4>;expires=66"]}, 66, "not listed"),
         ({"contact": ["<sip:x@h>;expires=5"]}, 300, "taken as asked for"),
         ({"contact": f"{OWN};expires=-1", "expires": "200"}, 200, None),
@@ -264,6 +300,14 @@ def test_a_grant_of_nothing_is_no_registration(headers: dict[str, str]) -> None:
     came = outcome(said(200, **headers))
 
     assert (came.kind, came.code, came.error) == (Kind.TEMPORARY, 200, "200, but 0 seconds were granted")
+
+
+@pytest.mark.parametrize("seconds", [1, 5, 9])
+def test_a_grant_that_ends_before_the_next_register_is_no_registration(seconds: int) -> None:
+    came = outcome(said(200, contact=f"{OWN};expires={seconds}"))
+
+    assert (came.kind, came.code, came.granted) == (Kind.TEMPORARY, 200, None)
+    assert came.error == f"200, but only {seconds} s were granted"
 
 
 # -- what went wrong -------------------------------------------------------------------------------------------------
@@ -333,7 +377,10 @@ def test_no_answer_is_an_outcome_too(trouble: Trouble, kind: Kind) -> None:
     [
         ("Forbidden (bad password)", "403 Forbidden (bad password)"),
         ("sip:5511987654321@pombal.test with S3CRET of Alice", "403 sip:…@pombal.test with … of …"),
-        ("call +55 (11) 98888-7777 from 203.0.113.5", "403 call +… from 203.0.113.5"),
+        ("call +55 (11) 98888-7777 from 203.0.113.5", "403 call +… from …"),
+        ("user +55.11.98888.7777 or 55/11/98888/7777", "403 user +… or …"),
+        ("sip:%35%35%31%31%39%38%37%36%35%34%33%32%31@h of %41lice, %2B5511988887777", "403 sip:…@h of …, +…"),
+        ("100%ff%00", "403 100\ufffd"),
         ("a\x1b[31mb\x00\r\n\u202ec", "403 a [31mb   \u0020c"),
         ("long " * 40, "403 " + ("long " * 40)[:80].strip()),
         ("", "403"),
@@ -341,6 +388,22 @@ def test_no_answer_is_an_outcome_too(trouble: Trouble, kind: Kind) -> None:
 )
 def test_foreign_words_are_shown_without_secrets_and_short(reason: str, shown: str) -> None:
     assert outcome(said(403, reason)).error == shown
+
+
+def test_where_something_is_may_be_said_in_our_own_words() -> None:
+    attempt = Attempt(ACCOUNT, cseq=1)
+    attempt.begin()
+    text = "no answer within 32 s from 203.0.113.5:5060 by 198.51.100.70, for +55 11 98888-7777"
+
+    assert attempt.failed(NotSent(Trouble.TEMPORARY, text)).error == text.replace("55 11 98888-7777", "…")
+
+
+def test_algorithms_are_not_taken_for_numbers() -> None:
+    account = replace(ACCOUNT, algorithm="SHA-512-256")
+
+    error = outcome(challenged(rest=", algorithm=SHA-256"), account=account).error
+
+    assert error == "401: only SHA-256 is offered, but SHA-512-256 was used before: not downgraded"
 
 
 def test_a_short_secret_does_not_tear_words_apart() -> None:

@@ -163,3 +163,39 @@ def test_no_challenge_raises(line: str) -> None:
     for challenge in offered(line, f"{HEAD}{line}"):
         if challenge.problem() is None:
             answer(challenge, user="alice", password="s3cret", uri="sip:pombal.test", cnonce="c")
+
+
+# -- no more than is sensible ----------------------------------------------------------------------------------------
+
+
+def test_an_empty_algorithm_is_md5_and_not_repeated() -> None:
+    def said(line: str) -> str:
+        return answer(offered(line)[0], user="alice", password="s3cret", uri="sip:pombal.test", cnonce="0a1b")
+
+    assert said(HEAD + ', algorithm=""') == said(HEAD)
+
+
+@pytest.mark.parametrize("name", ["realm", "nonce", "opaque"])
+def test_what_is_too_long_to_repeat_is_passed_over(name: str) -> None:
+    params = {"realm": "r", "nonce": "n", "opaque": "o"} | {name: "x" * 4_095}
+    long = "Digest algorithm=SHA-256, " + ", ".join(f'{key}="{value}"' for key, value in params.items())
+
+    with pytest.raises(Refused, match="the challenge is too long"):
+        chosen(long)
+    assert chosen(long, HEAD) == "MD5"
+    assert chosen(long.replace("x" * 4_095, "x" * 4_000)) == "SHA-256"
+
+
+def test_no_more_than_twenty_challenges_are_looked_at() -> None:
+    weak = HEAD + ", algorithm=MD5"
+    strong = HEAD + ", algorithm=SHA-256"
+
+    assert chosen(", ".join([weak] * 19 + [strong])) == "SHA-256"
+    assert chosen(", ".join([weak] * 20 + [strong])) == "MD5"
+    assert chosen(*[weak] * 20, strong) == "MD5"
+    assert len(offered(*[", ".join([weak] * 9)] * 9)) == 20
+
+
+def test_a_challenge_of_endless_parameters_is_not_answered() -> None:
+    with pytest.raises(Refused, match="cannot be understood"):
+        chosen(HEAD + "".join(f", x{n}=y" for n in range(1_000)))

@@ -94,6 +94,9 @@ class Datagrams(asyncio.DatagramProtocol):
         for reply in self._behave(self.heard):
             self._transport.sendto(reply, addr)
 
+    def say(self, text: bytes, to: tuple[str, int]) -> None:
+        self._transport.sendto(text, to)
+
     def leave(self) -> None:
         """The port is closed in the loop's next round."""
         self._transport.abort()
@@ -272,6 +275,51 @@ def test_a_reply_that_is_not_to_our_request_is_dropped_and_counted(old: str, new
     run(test)
 
 
+def test_more_than_anybody_answers_is_not_even_read() -> None:
+    def behave(so_far: list[Heard]) -> list[bytes]:
+        return [answer(so_far[-1], 200, "X: " + "x" * 8_192), answer(so_far[-1], 403)]
+
+    async def test() -> None:
+        before = dropped("malformed")
+        async with by_udp(behave) as server, flight(server.port, patient=True) as one:
+            assert (await one.exchange(FIRST)).response.status == 403
+        assert dropped("malformed") == before + 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("noise", ["foreign", "malformed"])
+def test_a_server_that_floods_us_ends_with_its_time_and_holds_up_nobody_else(noise: str) -> None:
+    async def test() -> None:
+        before, is_flooded = dropped(noise), asyncio.Event()
+        async with by_udp(lambda so_far: []) as server, by_udp(says(200)) as other:
+
+            async def flood() -> None:
+                while True:
+                    for heard in server.heard[:1]:
+                        alien = b"x" if noise == "malformed" else answer(heard, old="CSeq: 41", new="CSeq: 7")
+                        for _ in range(50):
+                            server.say(alien, heard.source)
+                    if dropped(noise) >= before + 220:
+                        is_flooded.set()
+                    await asyncio.sleep(0)
+
+            flooding = asyncio.create_task(flood())
+            async with flight(server.port, budget=2.0, t1=0.5) as flooded, asyncio.timeout(PATIENT):
+                waiting = asyncio.create_task(flooded.exchange(FIRST))
+                await is_flooded.wait()
+                async with flight(other.port, patient=True) as one:
+                    assert (await one.exchange(FIRST)).response.status == 200
+                with pytest.raises(NotSent, match="no answer within 2 s"):
+                    await waiting
+            flooding.cancel()
+            await asyncio.wait({flooding})
+        if noise == "malformed":  # these are counted as they are read: 200, and then 100 a second
+            assert dropped(noise) - before <= 401
+
+    run(test)
+
+
 def test_what_is_no_response_is_dropped_and_counted() -> None:
     garbage = [
         b"\xff" * 60_000,
@@ -304,6 +352,45 @@ def test_a_closed_port_is_known_at_once() -> None:
                 await one.exchange(FIRST)
 
         assert (failure.value.trouble, failure.value.text) == (Trouble.TEMPORARY, f"refused by 127.0.0.1:{port}")
+
+    run(test)
+
+
+LONG = Request("sip:pombal.test", "call-1", 42, (*SIDE_BY_SIDE, ("Authorization", "Digest " + "x" * 1_200)))
+
+
+@asynccontextmanager
+async def by_both(udp: Behaviour, tcp: Behaviour) -> AsyncIterator[tuple[Datagrams, Stream]]:
+    """A registrar with one port for both."""
+    async with by_udp(udp) as datagrams:
+        made = Stream(tcp)
+        server = await asyncio.start_server(made.serve, "127.0.0.1", datagrams.port)
+        try:
+            yield datagrams, made
+        finally:
+            server.close()
+            await asyncio.gather(*(task for task in made.connections if task))
+            await server.wait_closed()
+
+
+def test_what_is_too_long_for_a_datagram_goes_by_tcp_to_the_same_address_and_stays_there() -> None:
+    async def test() -> None:
+        async with by_both(says(401), says(200)) as (datagrams, stream):
+            async with flight(datagrams.port, patient=True) as one:
+                assert (await one.exchange(FIRST)).server == f"udp/127.0.0.1:{datagrams.port}"
+                assert (await one.exchange(LONG)).server == f"tcp/127.0.0.1:{datagrams.port}"
+                assert (await one.exchange(SECOND)).server == f"tcp/127.0.0.1:{datagrams.port}"
+            assert len(datagrams.heard) == 1
+            assert [heard.header("Via").split()[0] for heard in stream.heard] == ["SIP/2.0/TCP"] * 2
+
+    run(test)
+
+
+def test_where_nobody_listens_by_tcp_a_long_request_is_a_datagram_after_all() -> None:
+    async def test() -> None:
+        async with by_udp(says(200)) as server, flight(server.port, patient=True) as one:
+            assert (await one.exchange(LONG)).server == f"udp/127.0.0.1:{server.port}"
+            assert len(server.heard) == 1
 
     run(test)
 
@@ -531,6 +618,18 @@ def test_a_request_by_tcp_is_sent_once() -> None:
         async with by_tcp(says(0)) as server:
             async with flight(server.port, transport=Transport.TCP, budget=0.5) as one:
                 with pytest.raises(NotSent, match=r"no answer within 0\.\d s from 127\.0\.0\.1"):
+                    await one.exchange(FIRST)
+
+            assert len(server.heard) == 1
+
+    run(test)
+
+
+def test_a_request_by_tcp_is_sent_once_whatever_the_server_says_meanwhile() -> None:
+    async def test() -> None:
+        async with by_tcp(says(100)) as server:
+            async with flight(server.port, transport=Transport.TCP) as one:  # 64 T1: several of the longest intervals
+                with pytest.raises(NotSent, match="no answer within"):
                     await one.exchange(FIRST)
 
             assert len(server.heard) == 1

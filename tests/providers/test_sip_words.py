@@ -101,6 +101,26 @@ def test_a_contact_host_with_an_impossible_port_is_refused(text: str) -> None:
         check_contact_host(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'sbc.example>;x="',
+        "sbc.example;maddr=10.0.0.1",
+        "sbc.example:5060;maddr=10.0.0.1",
+        "sbc.example\r\nX-Evil: 1",
+        "sbc.example:5060\r\n",
+        "sbc.example\n",
+        "me@sbc.example",
+        "sbc.example?x=y",
+        "sbc.example:٥",
+        "",
+    ],
+)
+def test_a_contact_host_holds_nothing_that_could_end_a_uri(text: str) -> None:
+    with pytest.raises(Rejected):
+        check_contact_host(text)
+
+
 def test_a_port_is_a_port() -> None:
     assert check_port(5060) == 5060
     with pytest.raises(Rejected):
