@@ -10,14 +10,17 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
 from urllib.parse import quote, unquote
 
+from pombal.errors import Rejected
 from providers.sip_digest import Challenge, Refused, answer, challenges, choose, strength
 from providers.sip_flight import NotSent, Trouble
 from providers.sip_message import Contact, Request, Response, contacts, encode, host_in_uri, parse_uri
+from providers.sip_words import check_host
 
 LONGEST = 24 * 3600  # seconds: what any registrar's word is cut to
 SHORTEST = 10  # seconds: a grant of less is no registration
@@ -233,6 +236,8 @@ class Attempt:
         ours = [contact for contact in listed if own and contact.uri.same(own)] or [
             contact for contact in listed if own and contact.uri.user == own.user
         ]
+        if strangers := sum(own is None or contact.uri.user != own.user for contact in listed):
+            self._note(f"{strangers} other contact{'s' if strangers > 1 else ''} bound: calls ring there too")
         if (seconds := self._best(ours)) is not None:
             return seconds
         if not ours:
@@ -263,7 +268,8 @@ class Attempt:
             return self._outcome(Kind.TEMPORARY, status, f"{error}: no final answer", retry_after=retry_after)
         if status < 400:
             # Whoever answers could send our credentials anywhere (security-reliability.md R6).
-            return self._outcome(Kind.PERMANENT, status, f"{status}: moved; not followed", retry_after=retry_after)
+            error = f"{status}: moved{_new_host(response)}; not followed"
+            return self._outcome(Kind.PERMANENT, status, error, retry_after=retry_after)
         if status == 400 and _is_about_cseq(response):
             # Our numbers fell behind those that the registrar remembers: with another Call-ID they do not matter.
             error += ": CSeq fell behind; the next attempt has a new Call-ID"
@@ -342,7 +348,11 @@ def retry_after(outcome: Outcome, failures: int, dice: Random, *, bound_seconds:
     if outcome.kind is Kind.OURS:
         return max(patience, dice.uniform(5, 10))
     if outcome.kind is Kind.PERMANENT:
-        return max(patience, dice.uniform(0.9, 1.1) * 3600)
+        wait = dice.uniform(0.9, 1.1) * 3600
+        # A single stray refusal shall not cost an hour without calls; a second one is meant.
+        if failures <= 1 and bound_seconds is not None and bound_seconds > _LAST_CALL + _SHORTEST_WAIT:
+            wait = min(wait, bound_seconds - _LAST_CALL)
+        return max(patience, wait)
     most = min(1800.0, 30.0 * 2 ** min(failures, 10))
     wait = dice.uniform(most / 2, most)
     # With less left than that the try was made, unless this was the first failure.
@@ -374,6 +384,15 @@ def _retry_after(response: Response) -> int | None:
     start = re.match(r"\s*(\d+)\s*(?:[;(]|\Z)", response.first("retry-after") or "", re.ASCII)
     seconds = _seconds(start[1]) if start else None
     return None if seconds is None else min(seconds, LONGEST)
+
+
+def _new_host(response: Response) -> str:
+    """` to host` of a redirect, if it is fit to be shown."""
+    for contact in contacts(response)[:1]:
+        with suppress(Rejected):
+            host = check_host(contact.uri.host)
+            return "" if re.search(r"\d{6}", host) else f" to {host}"
+    return ""
 
 
 def _is_about_cseq(response: Response) -> bool:
