@@ -276,7 +276,8 @@ class SipRegistration(Tenanted, Dated, Base):
     ) -> Sequence[RowMapping]:
         """Take due accounts of these hosts, at most so many of each: those that somebody waits for first, then those
         that are still bound. Each has its own block of CSeq: `cseq - CSEQS + 1` to `cseq`. `place` is its host, `late`
-        the seconds since it fell due, `bound_seconds` what its binding has left. `elsewhere`: whose requests another
+        the seconds since it fell due, `bound_seconds` what its binding has left, `lost_at`
+        when an attempt began whose end nobody wrote down. `elsewhere`: whose requests another
         process sends."""
         given = given_rows([{"place": place, "n": n} for place, n in budget.items()])
         values = {**given, "token": token, "block": CSEQS, "without": list(without), "held": list(held)}
@@ -299,7 +300,7 @@ class SipRegistration(Tenanted, Dated, Base):
         """Write down what came of attempts, each once and under its claim (`tenant_id`, `id`, `cseq`, `revision`):
         `outcome`, `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next`
         (seconds from now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`,
-        `contact`, `call_id` (a new one), `entry` (of the history), `is_over` (nothing is bound and nothing
+        `contact`, `call_id` (a new one), `entries` (of the history), `is_over` (nothing is bound and nothing
         wanted), `is_reported`.
 
         Returns the rows that were written, with `was`, the status that was written before; the others' claims were
@@ -443,7 +444,8 @@ _CLAIM = text(f"""
     RETURNING {", ".join(f"r.{name}" for name in _SHOWN.split(", "))}, r.sealed, coalesce(r.proxy, r.host) AS place,
         extract(epoch FROM clock_timestamp() - r.next_refresh_at)::float AS late,
         extract(epoch FROM r.expires_at - clock_timestamp())::float AS bound_seconds,
-        was.last_attempt_at IS NOT NULL AS was_tried
+        was.last_attempt_at IS NOT NULL AS was_tried,
+        CASE WHEN was.claim_token IS NOT NULL THEN was.last_attempt_at END AS lost_at
 """)
 
 _HELD = rows(tenant_id="uuid", id="uuid", cseq="bigint")
@@ -476,7 +478,7 @@ _SETTLED = rows(
     server="text",
     contact="text",
     call_id="text",
-    entry="jsonb",
+    entries="jsonb",
     is_over="boolean",
     is_reported="boolean",
 )
@@ -517,7 +519,7 @@ _SETTLE = text(f"""
         call_id = coalesce(given.call_id, r.call_id),
         history = (
             SELECT coalesce(jsonb_agg(kept.value ORDER BY kept.n), '[]') FROM (
-                SELECT value, n FROM jsonb_array_elements(r.history || given.entry) WITH ORDINALITY AS one (value, n)
+                SELECT value, n FROM jsonb_array_elements(r.history || given.entries) WITH ORDINALITY AS one (value, n)
                 ORDER BY n DESC LIMIT {HISTORY}
             ) AS kept
         ),

@@ -12,29 +12,27 @@ fence). No queue: the underscore.
 import asyncio
 import random
 import resource
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
-from models import Event, RegisterStatus, SipRegistration, SipSender
-from models.sip_registration import CLAIM, entry
+from models import Event, SipRegistration, SipSender
+from models.sip_registration import CLAIM
 from pombal import db, log, metrics
 from pombal.middleware import is_store_trouble
 from pombal.settings import settings
-from providers import sip
 from providers.drachtio import Drachtio
 from providers.sip import Kind, Outcome
 from providers.sip_backend import SipBackend
 from providers.sip_flight import NotSent
-from workers import _sip_attempt, _sip_reports
+from workers import _sip_attempt, _sip_outcomes, _sip_reports
 from workers._sip_attempt import LostClaim, Result
+from workers._sip_outcomes import changes, names_of
 
 _log = log.get()
 
@@ -49,7 +47,6 @@ _ROOM_FOR_OTHERS = 400
 _MOST_WRITTEN = 200  # in one transaction
 _STOPPING = 5.0  # seconds that attempts under way have to end
 _AWAY = 5.0  # seconds between two looks whether drachtio is back
-_OURS_AGAIN, _SOON, _LAST_CALL = 60.0, 5.0, 25.0  # the last: before a binding ends
 _FILES = 8_192  # sockets, at most
 
 
@@ -215,7 +212,7 @@ class Registrar:
 
     async def _attempt(self, held: Held) -> None:
         row = held.row
-        names = _names(row)
+        names = names_of(row)
         try:
             if not row["is_enabled"] and not row["was_tried"]:
                 result = Result.without_an_attempt(Outcome(Kind.UNREGISTERED), was_unregister=True)
@@ -252,7 +249,8 @@ class Registrar:
                 self._wake.set()
 
     def _settle(self, batch: list[tuple[Held, Result]]) -> None:
-        given = [self._verdict(held.row, result) for held, result in batch]
+        is_away = self._is_away
+        given = [_sip_outcomes.verdict(held.row, result, self._dice, is_away=is_away) for held, result in batch]
         with db.session() as s:
             db.see_all(s)
             db.by_key(s)
@@ -262,48 +260,9 @@ class Registrar:
             metrics.sip_attempts.labels(outcome=result.outcome.kind).inc()
             metrics.sip_attempt_seconds.labels(outcome=result.outcome.kind).observe(result.ended - result.began)
             if (row := written.get(held.key[1:])) is None:
-                _log.warning("sip_claim_lost", **_names(held.row))
+                _log.warning("sip_claim_lost", **names_of(held.row))
             else:
-                _say(row, result.outcome)
-
-    def _verdict(self, row: RowMapping, result: Result) -> dict[str, Any]:
-        """What `SipRegistration.settle` takes."""
-        outcome, now = result.outcome, time.monotonic()
-        bound = None if row["bound_seconds"] is None else row["bound_seconds"] - (now - result.began)
-        is_bound = bound is not None and bound > 0
-        next_: float | None
-        if outcome.kind is Kind.REGISTERED and outcome.granted is not None:
-            next_ = sip.refresh_after(outcome.granted, self._dice) - (now - result.sent)
-        elif outcome.kind is Kind.UNREGISTERED or (result.was_unregister and not is_bound):
-            next_ = None
-        else:
-            next_ = sip.retry_after(outcome, row["failures"] + 1, self._dice, bound_seconds=bound if is_bound else None)
-            if outcome.kind is Kind.OURS and not self._is_away:  # a setting or a key, which a person has to mend
-                next_ = (
-                    min(_OURS_AGAIN, max(_SOON, bound - _LAST_CALL)) if bound is not None and is_bound else _OURS_AGAIN
-                )
-            if result.was_unregister and bound is not None:  # it ends by itself then
-                next_ = min(next_, bound + 1.0)
-        has_failed = outcome.kind in (Kind.PERMANENT, Kind.TEMPORARY)
-        seconds, said = result.ended - result.began, (outcome.kind, outcome.code, outcome.error)
-        told = entry(result.began_at, *said, seconds, result.server, outcome.notes)
-        return {
-            **{name: row[name] for name in ("tenant_id", "id", "cseq", "revision")},
-            "outcome": outcome.kind,
-            "code": outcome.code,
-            "error": outcome.error,
-            "granted": outcome.granted,
-            "ago": now - result.sent,
-            "next": next_,
-            "fails": 1 if has_failed else 0 if outcome.kind is Kind.OURS else None,
-            "algorithm": outcome.algorithm,
-            "server": result.server,
-            "contact": result.contact,
-            "call_id": secrets.token_hex(16) if outcome.wants_new_call_id else None,
-            "entry": told,
-            "is_over": result.was_unregister and next_ is None,
-            "is_reported": settings().require_sip_backend() is not None,
-        }
+                _sip_outcomes.say(row, result.outcome)
 
     # ------------------------------------------------------------------------------------------------------ aside
 
@@ -328,7 +287,7 @@ class Registrar:
                 if one.key[1] in ours:
                     one.until = now + _SAFE
                 elif one.task is not None and one.is_under_way:  # what has ended is written down, if nobody else was
-                    _log.warning("sip_claim_lost", **_names(one.row))
+                    _log.warning("sip_claim_lost", **names_of(one.row))
                     one.task.cancel()
                     self._drop(one)
 
@@ -395,41 +354,6 @@ class Bucket:
 
     def take(self) -> None:
         self._tokens -= 1
-
-
-def changes(written: Iterable[RowMapping]) -> list[dict[str, Any]]:
-    """Events of accounts whose status is not what it was, from what `settle` and `lapse` return."""
-    kinds = {"registered": "sip_registered", "failed": "sip_failed", "pending": "sip_unregistered"}
-    return [
-        Event.row(
-            kinds[row["status"]],
-            row["tenant_id"],
-            None,
-            None,
-            {"account": str(row["id"]), "name": row["name"], "status": row["status"], "error": row["register_error"]},
-        )
-        for row in written
-        if row["status"] != row["was"]
-    ]
-
-
-def _say(row: RowMapping, outcome: Outcome) -> None:
-    names = _names(row)
-    if outcome.kind is Kind.UNREGISTERED or row["next_refresh_at"] is None:
-        _log.info("sip_unregistered", **names, error=outcome.error)
-    elif outcome.kind is Kind.REGISTERED:
-        if row["was"] != RegisterStatus.REGISTERED:
-            _log.info("sip_registered", **names, granted=outcome.granted, expires_at=row["expires_at"].isoformat())
-        odd = {"notes": outcome.notes} if outcome.notes else {}
-        _log.info("sip_refresh_scheduled", **names, at=row["next_refresh_at"].isoformat(), **odd)
-    else:
-        at = row["next_refresh_at"].isoformat()
-        told = {"outcome": str(outcome.kind), "code": outcome.code, "error": outcome.error, "status": row["status"]}
-        _log.warning("sip_failed", **names, **told, next_try_at=at)
-
-
-def _names(row: RowMapping) -> dict[str, str]:
-    return {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
 
 
 async def _patiently(work: Callable[..., object], *given: object) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy import RowMapping
 from models import SipRegistration
 from pombal import db, log, metrics
 from providers.sip_backend import NotTold, SipBackend
+from workers._sip_outcomes import names_of
 
 _log = log.get()
 
@@ -28,7 +29,7 @@ async def tell(backend: SipBackend) -> bool:
 
 
 async def _report(backend: SipBackend, row: RowMapping) -> None:
-    names = {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
+    names = names_of(row)
     try:
         await backend.report(row["external_id"], row["status"], row["register_error"], row["last_register_at"])
     except NotTold as error:

@@ -17,8 +17,9 @@ from pombal.broker import HardenedBroker, actor, broker
 from pombal.errors import Permanent
 from pombal.middleware import bell_may_be_lost
 from pombal.settings import settings
-from workers._registrar import Registrar, changes
+from workers._registrar import Registrar
 from workers._rounds import new_loop
+from workers._sip_outcomes import changes, names_of
 
 _log = log.get()
 
@@ -50,8 +51,7 @@ def note_lapses() -> None:
         Event.append(s, changes(lapsed))
     for row in lapsed:
         metrics.sip_lapses.inc()
-        names = {"tenant_id": str(row["tenant_id"]), "account_id": str(row["id"])}
-        _log.error("sip_lapsed", **names, status=row["status"], error=row["register_error"])
+        _log.error("sip_lapsed", **names_of(row), status=row["status"], error=row["register_error"])
 
 
 def ring_registrations() -> int:

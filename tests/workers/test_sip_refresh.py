@@ -384,6 +384,7 @@ def test_a_process_that_died_with_a_claim_is_followed_by_another_once_it_ran_out
     sip_refresh()
 
     assert account.row()["status"] == "registered"
+    assert account.outcomes == ["unknown", "registered"]
     assert provider.journal(user=account.user)[0]["cseq"] > row["cseq"]
 
 
