@@ -1,6 +1,6 @@
 """The control routes of the simulated SIP registrar: its accounts, what it does to them, what it was asked."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from sandbox.config import SipUser
 from sandbox.control import Refused, after_of, limit_of, read_body
+from sandbox.kinds import SIP_HABITS
 from sandbox.sip import Registrar
 from sandbox.sip_habits import SetHabit
 from sandbox.sip_service import Sip
@@ -98,9 +99,17 @@ async def habits(request: Request) -> JSONResponse:
 async def set_habit(request: Request) -> JSONResponse:
     """{"user"? or "domain"?,"next"?,"when"?: any|first|authorized,…}: the registrar does so to them, or to everybody.
 
-    `sandbox.sip_habits` tells the other keys. Answers the habit's id.
+    `sandbox.sip_habits` tells the other keys. Answers the habit's id, and whether its user is known, if it has one.
     """
-    return JSONResponse({"id": _registrar(request).habits.set(await read_body(request, SetHabit)).id}, status_code=201)
+    given, its = await read_body(request, dict[str, Any]), _registrar(request)
+    if unknown := sorted(given.keys() - set(SetHabit.__struct_fields__)):
+        raise Refused(400, "INVALID_PAYLOAD", f"there is no key {unknown[0]!r}; there are {', '.join(SIP_HABITS)}")
+    try:
+        asked = msgspec.convert(given, SetHabit)
+    except msgspec.ValidationError as error:
+        raise Refused(400, "INVALID_PAYLOAD", str(error)) from error
+    is_known = asked.user is None or its.users.find(asked.user) is not None
+    return JSONResponse({"id": its.habits.set(asked).id, "is_known": is_known}, status_code=201)
 
 
 async def clear_habits(request: Request) -> JSONResponse:

@@ -124,6 +124,8 @@ class SetHabit(Habit, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
             raise ValueError("a habit is a user's or a domain's")
         if not self.keys:
             raise ValueError("a habit of nothing")
+        if self.code is not None and self.min_expires is not None:
+            raise ValueError("min_expires alone answers 423 with Min-Expires; with a code it would say nothing")
 
     @property
     def keys(self) -> JSON:

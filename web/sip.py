@@ -13,12 +13,12 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 from uuid import UUID
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 from sqlalchemy import RowMapping, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
@@ -43,6 +43,8 @@ _MOST_SIGNS = 1024  # of a `contact`
 _OLDEST = datetime(2000, 1, 1, tzinfo=UTC)
 _AHEAD = timedelta(minutes=5)  # that a controller's clock may be
 _LONGEST = timedelta(days=30)  # that a registration may be told to last
+_BEHIND = timedelta(days=1)  # since when it may have ended
+_MOST_OF_ERROR = 500  # characters
 _EVENTS = {
     RegisterStatus.REGISTERED: "sip_registered",
     RegisterStatus.FAILED: "sip_failed",
@@ -51,10 +53,10 @@ _EVENTS = {
 
 
 class Told(Shape, rename="camel"):
-    """What a controller says of an account; what it leaves out stays, but an error ends with a success."""
+    """What a controller says of an account; what it leaves out stays, but an error ends with the failure."""
 
     register_status: Literal["pending", "registered", "failed"]
-    register_error: Annotated[str, Meta(max_length=500)] | UnsetType | None = UNSET
+    register_error: str | UnsetType | None = UNSET
     last_register_at: Whenever | None = None
     expires: Whenever | None = None
 
@@ -172,11 +174,18 @@ def _understood(raw: bytes) -> Told:
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise Failure(400, "INVALID_PAYLOAD", "the body is not JSON") from None
     told: Told = converted(given, Told, "$")
-    if isinstance(told.register_error, str) and any(map(_is_control, told.register_error)):
-        raise wrong("$.registerError", "must not contain control characters")
+    if isinstance(told.register_error, str):
+        told.register_error = _cleaned(told.register_error)
     _check_time("lastRegisterAt", told.last_register_at, _AHEAD)
     _check_time("expires", told.expires, _LONGEST)
+    if told.expires is not None and told.expires < datetime.now(UTC) - _BEHIND:
+        raise wrong("$.expires", "must not be more than a day ago")
     return told
+
+
+def _cleaned(text: str) -> str:
+    """A provider's own words, often: refused for them, the status would be lost too."""
+    return "".join(" " if _is_control(sign) else sign for sign in text[:_MOST_OF_ERROR])
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> None:
@@ -269,7 +278,7 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
         status = RegisterStatus(told.register_status)
         error = told.register_error
         if isinstance(error, UnsetType):
-            error = None if status is RegisterStatus.REGISTERED else was.register_error
+            error = was.register_error if status is RegisterStatus.FAILED else None
         SipRegistration.told(
             s,
             was.tenant_id,

@@ -14,7 +14,15 @@ import msgspec
 from pombal import __version__
 from pombal.errors import PombalError
 from pombal.settings import data_folder
-from sandbox.kinds import BAILEYS_KINDS, BAILEYS_PLACES, BAILEYS_STORMS, KINDS, MEGAAPI_KINDS, MEGAAPI_PLACES
+from sandbox.kinds import (
+    BAILEYS_KINDS,
+    BAILEYS_PLACES,
+    BAILEYS_STORMS,
+    KINDS,
+    MEGAAPI_KINDS,
+    MEGAAPI_PLACES,
+    SIP_HABITS,
+)
 
 Setup = Callable[[argparse.ArgumentParser], None]
 _NARROWEST = 24  # characters of a column that is cut
@@ -60,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "migrate", "fleet:migrate", "alembic upgrade head")
 
     sandbox = _add(commands, "sandbox", "sandbox:sandbox", "the simulated providers, or a word to them")
-    sandbox.add_argument("--port", type=int, default=9010, help="of its control port (9010)")
+    sandbox.add_argument("--port", type=int, default=None, help="of its control port (9010; a word: where `up` has it)")
     sandbox.add_argument("--config", default=None, help="apps and channels to play (.pombal/sandbox.json)")
     sandbox.add_argument("--drachtio-port", default=None, help="of a drachtio (none; 0: any)")
     sandbox.add_argument("--sip-port", default=None, help="of its SIP registrar (5070, or a free one; or `off`)")
@@ -219,6 +227,8 @@ def parser() -> argparse.ArgumentParser:
     habit.add_argument("--next", type=int, default=None, help="only the next so many transactions")
     habit.add_argument("--when", default=None, choices=("any", "first", "authorized"), help="which transactions")
     habit.add_argument("--clear", action="store_true", help="end the user's, or all, before setting one")
+    habit.formatter_class = argparse.RawDescriptionHelpFormatter
+    habit.epilog = "\n".join(["keys:", *(f"  {key:<16} {does}" for key, does in SIP_HABITS.items())])
     bindings = _add(sip, "bindings", "sandbox:sip_bindings", "where calls for the accounts go", as_json=True)
     bindings.add_argument("--user", default=None, help="only this account")
     calls = _add(sip, "calls", "sandbox:sip_calls", "what the simulated registrar was asked", as_json=True)
@@ -355,6 +365,8 @@ def parser() -> argparse.ArgumentParser:
         "account, then remove this one."
     )
     change.add_argument("--md5", action=on_or_off, default=None, help="whether a registrar may ask for MD5")
+    for fixed in ("name", "host", "port", "transport", "proxy", "username"):  # which are refused with a reason
+        change.add_argument(f"--{fixed}", default=None, help=argparse.SUPPRESS)
     for word, interval in ((create, 300), (change, None)):
         word.add_argument("--password-stdin", action="store_true", help="the password is on one line of standard input")
         word.add_argument("--auth-username", default=None, help="of the credentials, where it is not the username")

@@ -6,21 +6,23 @@ drachtio is asked whether it lets us in; no registrar is, and nothing is changed
 import asyncio
 from collections.abc import Callable, Generator, Iterator
 from ipaddress import ip_address
+from itertools import groupby
 
 from sqlalchemy import select
 
 from models import RegisterStatus, SipRegistration, SipSender
 from pombal import db
 from pombal.cli.doctor import Finding, some
-from pombal.cli.sip_standing import LATE, Found, accounts
+from pombal.cli.sip_standing import LATE, Found, accounts, bound_by, is_shut
 from pombal.errors import Misconfigured, Rejected
 from pombal.secrets import unseal
 from pombal.settings import settings
-from providers import guard, sip_words
+from providers import sip_words
 from providers.drachtio import Drachtio
 from providers.sip_flight import NotSent
 
 _NO_SECRETS = ("", "cymru")
+_PART = 0.8  # of its interval, after which an account is registered anew: 240 s of 300
 
 
 def findings() -> Iterator[Finding]:
@@ -36,6 +38,7 @@ def findings() -> Iterator[Finding]:
     ours = [one for one in there if one.row["sender"] != SipSender.EXTERNAL]
     yield from _senders(ours)
     yield from _hosts(ours)
+    yield from _pace(ours)
     yield from _twice(there)
     yield from _standing(there)
     yield from _late([one for one in ours if has_drachtio or not _is_drachtios(one)])
@@ -102,7 +105,7 @@ def _is_drachtios(one: Found) -> bool:
 def _is_of_this_machine(one: Found) -> bool:
     """At a registrar that nobody else can call from, such as a simulated one."""
     try:
-        return ip_address(one.row["proxy"] or one.row["host"]).is_loopback
+        return ip_address(_place(one)).is_loopback
     except ValueError:
         return False
 
@@ -120,28 +123,40 @@ def _unreadable() -> Iterator[Finding]:
 
 
 def _senders(ours: list[Found]) -> Iterator[Finding]:
-    homeless = [one.name for one in ours if one.row["sender"] == SipSender.DRACHTIO and not settings().drachtio_host]
-    if homeless:
-        yield Finding("error", f"sent by drachtio, and DRACHTIO_HOST is not set: {some(homeless)}")
-    here = [one.name for one in ours if not (_is_drachtios(one) or one.row["contact_host"] or _is_of_this_machine(one))]
+    """Who would send by this shell's settings. Of what drachtio has bound the workers have others."""
+    unbound = [one for one in ours if bound_by(one.row) != SipSender.DRACHTIO]
+    homeless = [one.name for one in unbound if one.row["sender"] == SipSender.DRACHTIO]
+    if homeless and not settings().drachtio_host:
+        yield Finding("error", f"sent by drachtio, and DRACHTIO_HOST is not set here: {some(homeless)}")
+    here = [
+        one.name for one in unbound if not (_is_drachtios(one) or one.row["contact_host"] or _is_of_this_machine(one))
+    ]
     if here and not settings().sip_contact:
         what = "their calls come to the worker's own address, where nobody takes them (SIP_CONTACT, --contact-host)"
         yield Finding("warning", f"{what}: {some(here)}")
 
 
 def _hosts(ours: list[Found]) -> Iterator[Finding]:
-    """Registrars that are configured by an address that nothing is sent to."""
-    allowed = settings().require_sip_networks()
-    shut = []
-    for one in ours:
-        try:
-            address = ip_address(one.row["proxy"] or one.row["host"])
-        except ValueError:
-            continue  # a name: what it leads to is known when it is asked for, and in the account's error then
-        if not guard.is_public(address) and not any(address in network for network in allowed):
-            shut.append(one.name)
+    """Registrars that are configured by an address that nothing is sent to; those that took a REGISTER were."""
+    shut = [one.name for one in ours if bound_by(one.row) is None and is_shut(_place(one))]
     if shut:
         yield Finding("warning", f"the registrar's address is not public, nor in SIP_ALLOWED_NETWORKS: {some(shut)}")
+
+
+def _pace(ours: list[Found]) -> Iterator[Finding]:
+    """Hosts whose accounts need more starts a second than a worker makes."""
+    most = settings().sip_starts_per_second
+    for place, them in groupby(sorted(ours, key=_place), key=_place):
+        intervals = [one.row["interval"] for one in them]
+        needed = sum(1 / (_PART * interval) for interval in intervals)
+        if needed > most:
+            what = f"its accounts ({len(intervals)}) need {needed:.1f} starts a second, and a worker makes {most}"
+            yield Finding("warning", f"{place}: {what} (SIP_STARTS_PER_SECOND, a longer --interval, more workers)")
+
+
+def _place(one: Found) -> str:
+    """Where its requests go."""
+    return str(one.row["proxy"] or one.row["host"])
 
 
 def _twice(there: list[Found]) -> Iterator[Finding]:
@@ -190,8 +205,10 @@ def _late(ours: list[Found]) -> Iterator[Finding]:
 
 
 def _reports(there: list[Found]) -> Iterator[Finding]:
+    """Whether a backend is told. One that was told, or did not take it, is in the workers' settings if not in ours."""
     named = [one for one in there if one.row["external_id"] is not None]
-    if named and settings().require_sip_backend() is None:
+    is_known = any(one.row["report_error"] or one.row["reported_at"] for one in named)
+    if named and not is_known and settings().require_sip_backend() is None:
         what = "external ids, and no backend to tell (SIP_BACKEND_URL, SIP_BACKEND_KEY)"
         yield Finding("note", f"{what}: {some([one.name for one in named])}")
     untold = [one.name for one in named if one.row["report_error"]]

@@ -9,6 +9,8 @@ from pombal.cli import say as tell
 from pombal.errors import PombalError
 from pombal.settings import data_folder, settings
 
+_PORT = 9010
+
 
 class SandboxAway(PombalError):
     """The sandbox did not do it; the message says why."""
@@ -20,7 +22,8 @@ def sandbox(given: Namespace) -> int:
     config = given.config or str(data_folder() / "sandbox.json")
     ports = {"--sip-port": given.sip_port, "--drachtio-port": given.drachtio_port}
     more = [word for option, port in ports.items() if port is not None for word in (option, port)]
-    return main(["--port", str(given.port), "--config", config, *more])
+    port = _PORT if given.port is None else given.port
+    return main(["--port", str(port), "--config", config, *more])
 
 
 def say(given: Namespace) -> int:
@@ -320,7 +323,9 @@ def sip_habit(given: Namespace) -> int:
     if given.keys:
         keys = dict(map(_key_and_value, given.keys))
         who = {"domain": given.domain, "next": given.next, "when": given.when}
-        _asked(lambda url: client.sip_habit(url, given.user, **who, **keys), given)
+        answer = _asked(lambda url: client.sip_habit(url, given.user, **who, **keys), given)
+        if not (answer["is_known"] or given.json):
+            tell(f"warning: the registrar has no account {given.user!r} (`pombal sandbox sip users --add`)")
     found = _asked(client.sip_habits, given)["habits"]
     if given.json:
         as_json(found)
@@ -449,7 +454,8 @@ def _asked(ask: Callable[[str], dict[str, Any]], given: Namespace) -> dict[str, 
 
     from sandbox.client import SandboxError
 
-    url = settings().sandbox_url or f"http://127.0.0.1:{given.port}"
+    written = settings().sandbox_url if given.port is None else ""  # a port that was given is meant
+    url = written or f"http://127.0.0.1:{_PORT if given.port is None else given.port}"
     try:
         return ask(url)
     except SandboxError as error:

@@ -33,8 +33,11 @@ _NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
 _EXTERNAL_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~:-]{1,128}", re.ASCII)
 _LONGEST_LINE = 1024  # characters of standard input that may be a password
 _LONGEST_URI = 255
+_FIXED = ("name", "host", "port", "transport", "proxy", "username")  # what an account is
 _POLL = 0.2  # seconds between two looks at an account that is waited for
+_HELD_BACK = 2.0  # seconds after which whatever could be begun has been: workers look each second
 _NOBODY = 10.0  # seconds after which nobody seems to work
+_MORE = 60  # seconds that are waited at most beyond those that were asked for: an attempt before ours takes up to 40
 
 
 def create(given: Namespace) -> int:
@@ -45,22 +48,28 @@ def create(given: Namespace) -> int:
     if not given.password_stdin and not is_external:
         raise Refused("--password-stdin is required: the password comes on one line of standard input")
     values = {name: value for name, value in _checked(given).items() if value is not None}
+    host, username = sip_words.check_host(given.host), sip_words.check_user(given.username)
+    proxy = sip_words.check_host(given.proxy) if given.proxy else None
+    warnings = list(_doubts(host, username, None if is_external else proxy or host))
     account = add_account(
         tenant,
         given.name,
-        host=sip_words.check_host(given.host),
-        username=sip_words.check_user(given.username),
+        host=host,
+        username=username,
         password=_password() if given.password_stdin else "",
         port=given.port,
         transport=given.transport,
-        proxy=sip_words.check_host(given.proxy) if given.proxy else None,
+        proxy=proxy,
         allows_md5=not given.no_md5,
         **values,
     )
     _ring()
-    told = {"id": account.id, "name": account.name, "host": account.host, "contact_user": account.contact_token}
-    tell(given, told)
+    user = {"contact_user" if given.json else "contact user": account.contact_token}
+    more = {"warnings": warnings} if given.json else {}
+    tell(given, {"id": account.id, "name": account.name, "host": account.host, **user, **more})
     if not given.json:
+        for warning in warnings:
+            say(f"warning: {warning}")
         name = f"{tenant.slug}/{account.name}"
         said = "its controller says how it stands" if is_external else f"`pombal sip show {name}` says how it stands"
         say(said)
@@ -84,12 +93,19 @@ def change(given: Namespace) -> int:
     """Change how an account authenticates, is sent or routed. It is registered anew with that at once."""
     require_secrets()
     found = account_named(given.account, given.tenant)
+    if any(getattr(given, name) is not None for name in _FIXED):
+        what = f"{', '.join(_FIXED[:-1])} and {_FIXED[-1]} are what an account is"
+        raise Refused(f"{what}: for another one of those create another account, then remove this one")
     values = _checked(given)
     if given.md5 is not None:
         values["allows_md5"] = given.md5
     password = _password() if given.password_stdin else None
     if not values and password is None:
         raise Refused("nothing is to be changed: say what")
+    values = {name: value for name, value in values.items() if value != found.row[name]}
+    if not values and password is None:
+        say("nothing changes: it is so already, and is not registered anew")
+        return 0
     before, after = found.row["sender"], values.get("sender", found.row["sender"])
     if before == SipSender.EXTERNAL != after and password is None:
         _require_password(found)
@@ -124,7 +140,7 @@ def register(given: Namespace) -> int:
         if not SipRegistration.ask(s, *found.ids, **more):
             raise Refused(f"{found.name} was removed meanwhile")
     _ring()
-    return _followed(found, given.wait, _registered)
+    return _followed(found, given.wait, "registered", _registered)
 
 
 def unregister(given: Namespace) -> int:
@@ -135,11 +151,11 @@ def unregister(given: Namespace) -> int:
         if not SipRegistration.disable(s, *found.ids):
             raise Refused(f"{found.name} was removed meanwhile")
     _ring()
-    return _followed(found, given.wait, _unregistered)
+    return _followed(found, given.wait, "un-registered", _unregistered)
 
 
 def remove(given: Namespace) -> int:
-    """End its binding, then forget it."""
+    """End its binding, then forget it: row and password are there until nothing is bound any more."""
     found = account_named(given.account, given.tenant)
     if not given.yes:
         say(f"{found.name} gets no calls any more, and its password is forgotten")
@@ -147,15 +163,44 @@ def remove(given: Namespace) -> int:
             raise Refused("say --yes to remove it")
         if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
             raise Refused("nothing was done")
+    before = found.again() or found
     tenant_id, id_ = found.ids
     with db.session([tenant_id]) as s:
         SipRegistration.remove(s, tenant_id, id_)
     _ring()
-    say("removed; a binding that is left is being ended, and the name is free")
+    say(f"removed, and the name is free; {_kept(before)}")
     return 0
 
 
+def _kept(found: Found) -> str:
+    """For how long something of an account that is removed is kept."""
+    row = found.row
+    if row["sender"] == SipSender.EXTERNAL:
+        return "nothing of it is kept. What its controller bound is that one's to end"
+    if standing.is_claimed(row):
+        until = "until the attempt that is under way is over, and at most until what it binds ends"
+    elif _is_bound(found):
+        ends = standing.minute(row["expires_at"])
+        until = f"at most until {ends}, when its binding ends by itself, if a worker of sip_refresh runs then"
+    else:
+        return "its row and password go after one more request, which ends whatever may be bound"
+    return f"its binding is being ended, and its row and password are kept for that, {until}"
+
+
 # -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _doubts(host: str, username: str, place: str | None) -> Iterator[str]:
+    """What may be wrong with a new account; `place` is whom its requests go to, if they come from here."""
+    same = (SipRegistration.host == host, SipRegistration.username == username, SipRegistration.removed_at.is_(None))
+    with db.session() as s:
+        db.see_all(s)
+        is_there = s.scalars(select(SipRegistration.id).where(*same).limit(1)).first() is not None
+    if is_there:
+        yield "there is an account of that user at that host already: calls ring at both, or each undoes the other"
+    if place is not None and standing.is_shut(place):
+        shut = f"{place} is not public, nor in SIP_ALLOWED_NETWORKS of this shell"
+        yield f"{shut}: nothing is sent there, unless the worker's environment says otherwise"
 
 
 def _checked(given: Namespace) -> dict[str, Any]:
@@ -191,11 +236,13 @@ def _check_external_id(text: str) -> str:
 
 def _password() -> str:
     """One line of standard input; of a terminal without an echo. Raises `Refused` or `Rejected`."""
+    has_more = False
     if sys.stdin.isatty():
         line = getpass("password: ")
     else:
         try:
             line = sys.stdin.readline(_LONGEST_LINE + 2)
+            has_more = line.endswith("\n") and sys.stdin.read(1) != ""
         except UnicodeDecodeError:
             raise Refused("the password on standard input is not UTF-8") from None
     password = line.removesuffix("\n").removesuffix("\r")
@@ -203,6 +250,8 @@ def _password() -> str:
         raise Refused("there is no password on standard input")
     if len(password) > _LONGEST_LINE:
         raise Refused(f"the line on standard input has more than {_LONGEST_LINE} characters")
+    if has_more:
+        raise Refused("standard input has more than one line: the password is one")
     return sip_words.check_password(password)
 
 
@@ -232,26 +281,34 @@ def _ring() -> None:
     ring_registrar()
 
 
-def _followed(found: Found, seconds: int, result: Callable[[Found], int]) -> int:
-    """Tell what happens until an attempt that was begun after we asked has ended, or the time is over."""
+def _followed(found: Found, seconds: int, asked: str, result: Callable[[Found], int]) -> int:
+    """Tell what happens until an attempt that was begun after we asked has ended, or the time is over.
+
+    The seconds are its own: they begin anew with it, and do not run while an earlier attempt is under way.
+    """
     if not seconds:
         say(f"asked for: `pombal sip show {found.name}` says what comes of it")
         return 0
-    began = time.monotonic()
-    told: set[str] = set()
+    say(f"{found.name}: it is to be {asked}")
+    began = since = time.monotonic()
+    told, is_ours = "", False
     try:
         while (now := found.again()) is not None:
-            if now.row["asked_at"] is None:
+            if now.row["asked_at"] is None:  # whatever was begun before we asked leaves it
                 return result(now)
-            waited = time.monotonic() - began
-            for line in _progress(now, waited):
-                if line not in told:
-                    told.add(line)
-                    say(f"{now.name}: {line}")
-            if waited >= seconds:
-                error = now.row["register_error"]
-                known = f": {error}" if error else ""
-                say(f"{now.name}: nothing came of it in {seconds} s{known}. It goes on: `pombal sip show {now.name}`")
+            clock = time.monotonic()
+            is_begun = is_ours or _is_begun(now)
+            if is_begun != is_ours or (not is_begun and standing.is_claimed(now.row)):
+                is_ours, since = is_begun, clock
+            is_late = clock - since >= seconds or clock - began >= seconds + _MORE
+            line = _progress(now, clock - since, is_begun=is_begun)
+            if line not in ("", told):
+                told = line
+                say(f"{now.name}: {line}")
+            if is_late:
+                why = "" if is_begun or not told else f": {told}"
+                nothing = f"nothing came of it in {clock - began:.0f} s{why}"
+                say(f"{now.name}: {nothing}. It goes on: `pombal sip show {now.name}`")
                 return 1
             time.sleep(_POLL)
     except KeyboardInterrupt:
@@ -260,21 +317,30 @@ def _followed(found: Found, seconds: int, result: Callable[[Found], int]) -> int
     raise Refused(f"{found.name} was removed meanwhile")
 
 
-def _progress(found: Found, waited: float) -> Iterator[str]:
+def _is_begun(found: Found) -> bool:
+    """Whether the attempt that was asked for is under way, and not an earlier one."""
     row = found.row
-    asked = "registered" if row["is_enabled"] else "un-registered"
-    yield f"it is to be {asked}"
-    if row["last_attempt_at"] is not None and row["last_attempt_at"] >= row["asked_at"]:
-        yield "a worker is at it"
-    elif waited >= _NOBODY:
-        error = row["register_error"]
-        yield error or "nobody works on it: is a worker of sip_refresh running?"
+    return standing.is_claimed(row) and row["last_attempt_at"] >= row["asked_at"]
+
+
+def _progress(found: Found, waited: float, *, is_begun: bool) -> str:
+    if is_begun:
+        return "a worker is at it"
+    if standing.is_claimed(found.row):
+        return "an earlier attempt is under way; this one comes after it"
+    error = found.row["register_error"] or ""
+    if waited >= _HELD_BACK and "drachtio" in error:  # all other errors are of attempts before
+        return f"it waits: {error}"
+    return "nobody works on it: is a worker of sip_refresh running?" if waited >= _NOBODY else ""
 
 
 def _registered(found: Found) -> int:
     row = found.row
     if row["sender"] == SipSender.EXTERNAL:
         say(f"{found.name}: its controller has told how it stands, so it is that one's again")
+        return 1
+    if not row["is_enabled"]:
+        say(f"{found.name}: not registered: somebody has asked meanwhile for it to be un-registered")
         return 1
     if row["last_outcome"] == Kind.REGISTERED:
         until = f"for {row['granted']} s by {row['server']}"
@@ -288,6 +354,9 @@ def _registered(found: Found) -> int:
 
 def _unregistered(found: Found) -> int:
     row = found.row
+    if row["is_enabled"]:
+        say(f"{found.name}: not un-registered: somebody has asked meanwhile for it to be registered")
+        return 1
     if row["last_outcome"] == Kind.UNREGISTERED:
         say(f"{found.name}: un-registered")
         return 0

@@ -44,6 +44,7 @@ def foretell(found: Found, *, takes_over: bool, allows_downgrade: bool) -> int:
         ("then", list(_afterwards(row, account))),
     ]
     say(f"{found.name}: nothing is sent but questions to DNS, and nothing is written.")
+    say("All of this goes by the settings of this shell: what a worker does, its own environment decides.")
     for head, lines in parts:
         say(f"\n{head}:")
         for line in lines:

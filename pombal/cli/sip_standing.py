@@ -4,6 +4,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from pombal import db
 from pombal.cli import as_json, say, table
 from pombal.cli.admin import Refused, tenant_named
 from pombal.settings import settings
+from providers import guard
 
 LATE = timedelta(seconds=15)  # after which somebody should have taken what is due
 _PART_OF_ID = re.compile(r"[0-9a-f]{4,32}")
@@ -24,7 +26,9 @@ _LISTED = (
     *("id", "name", "host", "sender", "is_enabled", "status", "register_error", "last_register_at"),
     *("next_refresh_at", "expires_at", "granted", "failures", "last_outcome", "last_status_code", "unregistered_since"),
 )
-_OURS_ALONE = ("register_status", "revision", "removed_at", "from_tag", "now")  # not even in `show --json`
+_OURS_ALONE = ("register_status", "revision", "removed_at", "from_tag", "now", "bound_seconds")  # nor in `show --json`
+_NAMES = {"contact_token": "contact_user"}  # as everybody else calls it
+_UNKNOWN = "@localhost"  # in a Contact: drachtio puts itself there (`workers/_sip_attempt.py`)
 
 
 class Found(NamedTuple):
@@ -55,7 +59,7 @@ def listing(given: Namespace) -> int:
     only = tenant_named(given.tenant).id if given.tenant else None
     rows = [one for one in accounts(only) if given.status in (None, one.row["status"])]
     if given.json:
-        as_json([{"tenant": one.slug, **{name: one.row[name] for name in _LISTED}} for one in rows])
+        as_json([{"tenant": one.slug, **{name: _plain(one.row[name]) for name in _LISTED}} for one in rows])
     else:
         table([_line(one) for one in rows], empty="no SIP accounts")
     return 0
@@ -65,13 +69,19 @@ def show(given: Namespace) -> int:
     """Everything that is known of one account, but for its password."""
     found = account_named(given.account, given.tenant)
     if given.json:
-        row = {name: value for name, value in found.row.items() if name not in _OURS_ALONE}
-        as_json({"tenant": found.slug, "sent_by": _sent_by(found.row)[0], "next": next_try(found.row), **row})
+        row = {_NAMES.get(name, name): _plain(found.row[name]) for name in found.row if name not in _OURS_ALONE}
+        row["history"] = [{**one, "at": _plain(datetime.fromisoformat(one["at"]))} for one in row["history"]]
+        who = {"sent_by": sent_by(found.row)[0], "bound_by": bound_by(found.row)}
+        as_json({"tenant": found.slug, **who, "next": next_try(found.row), **row})
         return 0
     for name, value in _told(found):
         say(f"{name + ':':<17} {value}")
     say()
-    table([_outcome(one) for one in reversed(found.row["history"])], empty="no attempt was made yet")
+    if found.row["sender"] == SipSender.EXTERNAL:
+        empty = "no attempts: nothing is sent from here"
+    else:
+        empty = "no attempt of ours has ended yet"
+    table([_outcome(one) for one in reversed(found.row["history"])], empty=empty)
     return 0
 
 
@@ -92,6 +102,8 @@ def account_named(name: str, tenant: str | None = None) -> Found:
 
     Raises `Refused`.
     """
+    if not name.rpartition("/")[2].strip():
+        raise Refused("say which account: TENANT/NAME, its name, its id, or the end of that (`pombal sip list`)")
     slug, slash, rest = name.partition("/")
     if slash and tenant and slug != tenant:
         raise Refused(f"{name} is not of the tenant {tenant}")
@@ -115,13 +127,13 @@ def next_try(row: RowMapping) -> str:
     now, at = row["now"], row["next_refresh_at"]
     if row["sender"] == SipSender.EXTERNAL:
         return "never by us: a controller registers it, and tells us"
-    if _is_claimed(row):
+    if is_claimed(row):
         return "now: a worker is at it"
     if at is None:
         return "never: it is disabled" if not row["is_enabled"] else "never"
     why = _why(row)
     if at > now:
-        return f"{_minute(at)}, in {span(at - now)}: {why}"
+        return f"{minute(at)}, in {span(at - now)}: {why}"
     if now - at < LATE:
         return f"now: {why}"
     return f"due for {span(now - at)}, and nobody has taken it ({why}): does a worker of sip_refresh run?"
@@ -159,7 +171,7 @@ def _short_next(row: RowMapping) -> str:
     at, now = row["next_refresh_at"], row["now"]
     if row["sender"] == SipSender.EXTERNAL or at is None:
         return "never"
-    if _is_claimed(row):
+    if is_claimed(row):
         return "under way"
     return f"in {span(at - now)}" if at > now else "now" if now - at < LATE else f"late by {span(now - at)}"
 
@@ -175,18 +187,21 @@ def _told(found: Found) -> Iterator[tuple[str, object]]:
         yield "registered since", _ago(row["registered_since"], now)
         if row["expires_at"]:
             granted = f" (granted {row['granted']} s, asked for {row['interval']} s)" if row["granted"] else ""
-            yield "binding ends", f"{_minute(row['expires_at'])}, in {span(row['expires_at'] - now)}{granted}"
+            yield "binding ends", f"{minute(row['expires_at'])}, in {span(row['expires_at'] - now)}{granted}"
     else:
         yield "without since", _ago(row["unregistered_since"] or row["expires_at"], now)
     yield "last registered", _ago(row["last_register_at"], now)
-    yield "last attempt", _ago(row["last_attempt_at"], now) + _came_of_it(row)
+    if row["sender"] == SipSender.EXTERNAL and row["last_outcome"] is None:
+        yield "last told", _ago(row["last_attempt_at"], now)
+    else:
+        yield "last attempt", _ago(row["last_attempt_at"], now) + _came_of_it(row)
     yield "next try", next_try(row)
     yield "failures", f"{row['failures']} in a row"
-    yield "sent by", " — ".join(_sent_by(row))
+    yield "sent by", _senders(row)
     yield "registrar", _registrar(row)
     yield "answered by", row["server"] or "nobody yet"
     yield "user", row["username"] + (f", authenticates as {row['auth_username']}" if row["auth_username"] else "")
-    yield "calls come to", row["contact"] or "nothing that is bound now"
+    yield "calls come to", _calls(row)
     yield "contact user", f"{row['contact_token']} (names the account: GET /api/sip/dispatch?contact=…)"
     yield "target", row["target"] or "none: dispatch has nowhere to send its calls"
     yield "digest", f"{_digest(row)}; MD5 is {'allowed' if row['allows_md5'] else 'not allowed'}"
@@ -208,7 +223,7 @@ def _why(row: RowMapping) -> str:
         return "asked for by hand"
     failed = f"{row['failures']} failure{'' if row['failures'] == 1 else 's'} in a row"
     reasons = {
-        "registered": "to refresh the binding before it ends",
+        "registered": _why_again(row),
         "permanent": "it was refused, so providers are asked seldom; `pombal sip register` tries at once",
         "temporary": f"after {failed}",
         "ours": "our own side was not ready, see the error",
@@ -218,14 +233,53 @@ def _why(row: RowMapping) -> str:
     return "the first time" if row["last_attempt_at"] is None else "it was changed"
 
 
-def _sent_by(row: RowMapping) -> tuple[str, str]:
-    """Who sends, and why. As `workers/_sip_attempt.py` chooses, without its fleet."""
+def _why_again(row: RowMapping) -> str:
+    ends, at, now = row["expires_at"], row["next_refresh_at"], row["now"]
+    if ends is None or ends <= now:
+        return "to register it again: its binding has ended"
+    return "to refresh the binding before it ends" if at < ends else "to register it again, once its binding has ended"
+
+
+def sent_by(row: RowMapping) -> tuple[str, str]:
+    """Who would send next, and why. As `workers/_sip_attempt.py` chooses, without its fleet."""
     sender = row["sender"]
     if sender == SipSender.AUTO:
         is_set = bool(settings().drachtio_host)
         chosen = SipSender.DRACHTIO if is_set else SipSender.DIRECT
-        return chosen, f"DRACHTIO_HOST is {'set' if is_set else 'not set'} here"
+        is_it = "is set" if is_set else "is not set"
+        return chosen, f"DRACHTIO_HOST {is_it} in this shell; the worker's environment decides"
     return sender, "its controller" if sender == SipSender.EXTERNAL else "the account says so"
+
+
+def bound_by(row: RowMapping) -> str | None:
+    """Who made the binding that lives; None without one of ours."""
+    if row["contact"] is None or row["expires_at"] is None or row["expires_at"] <= row["now"]:
+        return None
+    return SipSender.DRACHTIO if _UNKNOWN in row["contact"] else SipSender.DIRECT
+
+
+def is_shut(place: str) -> bool:
+    """Whether this is an address that nothing is sent to, by this shell's SIP_ALLOWED_NETWORKS. Of a name nobody knows
+    before it is asked for."""
+    try:
+        address = ip_address(place)
+    except ValueError:
+        return False
+    return not guard.is_public(address) and not any(address in one for one in settings().require_sip_networks())
+
+
+def _senders(row: RowMapping) -> str:
+    before, (chosen, why) = bound_by(row), sent_by(row)
+    if before is None or row["sender"] == SipSender.EXTERNAL:
+        return f"{chosen} — {why}"
+    following = "next too" if chosen == before else f"next {chosen}"
+    return f"{before}, which bound it; {following} — {why}"
+
+
+def _calls(row: RowMapping) -> str:
+    if row["contact"] is None:
+        return "nothing of ours that is bound now"
+    return "drachtio" if _UNKNOWN in row["contact"] else str(row["contact"])
 
 
 def _registrar(row: RowMapping) -> str:
@@ -257,22 +311,30 @@ def _report(row: RowMapping) -> str:
 
 def _outcome(one: dict[str, Any]) -> dict[str, object]:
     return {
-        "at": _minute(datetime.fromisoformat(one["at"])),
+        "at": minute(datetime.fromisoformat(one["at"])),
         "outcome": one["outcome"],
         "code": one.get("code"),
         "seconds": f"{one['seconds']:.2f}",
         "server": one.get("server"),
         "error": one.get("error"),
+        "notes": "; ".join(one.get("notes") or ()),
     }
 
 
-def _is_claimed(row: RowMapping) -> bool:
+def is_claimed(row: RowMapping) -> bool:
     return row["claimed_until"] is not None and row["claimed_until"] > row["now"]
 
 
 def _ago(at: datetime | None, now: datetime) -> str:
-    return f"{_minute(at)}, {span(now - at)} ago" if at else "never"
+    return f"{minute(at)}, {span(now - at)} ago" if at else "never"
 
 
-def _minute(at: datetime) -> str:
+def _plain(value: Any) -> Any:
+    """Times as the API tells them (`web/sip.py`)."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return value
+
+
+def minute(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -127,7 +127,7 @@ def write(tenant: Tenant, **values: str) -> None:
 def test_an_account_has_what_was_said_of_it_and_is_due_at_once(
     terminal: Terminal, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    type_in(monkeypatch, f" {PASSWORD} \r\nnot this line\n")
+    type_in(monkeypatch, f" {PASSWORD} \r\n")
     more = ["--auth-username", "5511@sip.example", "--proxy", "Edge.Example", "--port", "5080", "--transport", "tcp"]
     more += ["--interval", "600", "--target", "sip:acme@x.sip.livekit.cloud;transport=tcp", "--no-md5"]
     said = terminal.json(*create(tenant, "trunk", *more, "--external-id", "17", "--contact-host", "203.0.113.7:5060"))
@@ -201,6 +201,7 @@ def test_what_could_end_a_header_or_lead_elsewhere_is_refused(
     [
         ("", "there is no password"),
         ("\nsecond line\n", "there is no password"),
+        ("first of them\nsecond\n", "more than one line"),
         ("x" * 2000, "more than 1024 characters"),
         ("tab\tin it\n", "control characters"),
         ("nul\0in it\n", "control characters"),
@@ -258,9 +259,15 @@ def test_one_is_registered_shown_unregistered_and_removed(
         assert re.search(r"^binding ends: .* \(granted 300 s, asked for 300 s\)$", shown, re.MULTILINE)
         assert re.search(rf"^calls come to: +sip:{found['contact_token']}@127\.0\.0\.1", shown, re.MULTILINE)
         assert re.search(rf"registered +200 +\d.*udp/127.0.0.1:{provider.port}", shown)
+        assert re.search(r"^sent by: +direct, which bound it; next too — DRACHTIO_HOST is not set", shown, re.MULTILINE)
         as_json = terminal.json("sip", "show", str(found["id"]))
         assert (as_json["status"], as_json["sent_by"], as_json["tenant"]) == ("registered", "direct", tenant.slug)
+        assert (as_json["bound_by"], as_json["contact_user"]) == ("direct", found["contact_token"])
         assert [one["outcome"] for one in as_json["history"]][-1] == "registered"
+        times = [as_json[one] for one in ("created_at", "expires_at", "last_attempt_at")] + [
+            as_json["history"][-1]["at"]
+        ]
+        assert all(re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{3}Z", at) for at in times), times
         (listed,) = terminal.json("sip", "list", tenant.slug, "--status", "registered")
         assert (listed["name"], listed["tenant"], listed["status"]) == ("trunk", tenant.slug, "registered")
         line = terminal("sip", "list").splitlines()[1]
@@ -275,7 +282,10 @@ def test_one_is_registered_shown_unregistered_and_removed(
 
         assert f"{name}: registered for" in terminal("sip", "register", name)
         assert terminal.refused("sip", "remove", name) == "say --yes to remove it"
-        assert terminal("sip", "remove", name, "--yes").startswith("removed; ")
+        ends = row(tenant)["expires_at"]
+        gone = terminal("sip", "remove", name, "--yes")
+        assert gone.startswith("removed, and the name is free; its binding is being ended")
+        assert f"at most until {ends:%Y-%m-%dT%H:%M:%S}Z" in gone
         provider.until(lambda: not provider.state(user)["registered"])
     assert terminal("sip", "list", tenant.slug) == "no SIP accounts\n"
     assert terminal.refused("sip", "show", name) == "there is no SIP account trunk"
@@ -320,6 +330,39 @@ def test_what_nobody_works_on_is_given_up_in_time_and_the_wish_stays(
     assert terminal("sip", "register", name, "--wait", "0").startswith("asked for: ")
 
 
+def test_an_earlier_attempt_is_told_as_that_and_its_error_is_not_the_answer(
+    terminal: Terminal, tenant: Tenant, provider: SipThread, account: tuple[str, str]
+) -> None:
+    name, user = account
+    provider.habit(user, code=503, delay=2, next=1)
+
+    with a_registering_worker():
+        provider.until(lambda: row(tenant)["last_attempt_at"] is not None)
+        said = terminal("sip", "register", name)
+
+    assert said.startswith(f"{name}: it is to be registered\n{name}: an earlier attempt is under way; ")
+    assert "503" not in said
+    assert f"{name}: registered for 300 s" in said
+
+
+def test_an_earlier_attempt_that_does_not_end_is_not_waited_for_without_an_end(
+    tenant: Tenant,
+    account: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pombal.cli.sip._MORE", 0)
+    write(tenant, claimed_until="now() + interval '1 hour'", last_attempt_at="now()", register_error="'403 of before'")
+
+    for word in ("register", "unregister"):
+        assert main(["sip", word, account[0], "--wait", "1"]) == 1
+        said = capsys.readouterr().out
+        assert said.startswith(f"{account[0]}: it is to be ")
+        assert re.search(r"nothing came of it in \d+ s: an earlier attempt is under way; ", said)
+        assert "403" not in said
+        assert "running?" not in said
+
+
 def test_who_stops_waiting_leaves_the_wish(
     terminal: Terminal,
     tenant: Tenant,
@@ -353,6 +396,11 @@ def test_an_account_of_a_controller_is_left_alone_until_it_is_taken_over(
         assert "has no password" in terminal.refused("sip", "change", name, "--sender", "auto")
         assert "un-register it there" in terminal.refused("sip", "unregister", name)
         assert "never by us" in terminal("sip", "show", name)
+        write(tenant, last_attempt_at="now()")
+        shown = terminal("sip", "show", name)
+        assert "last told: " in shown
+        assert "last attempt" not in shown
+        assert shown.endswith("no attempts: nothing is sent from here\n")
         type_in(monkeypatch, f"{PASSWORD}\n")
         terminal("sip", "change", name, "--password-stdin")
         assert provider.journal(user) == []
@@ -395,6 +443,8 @@ def test_a_name_of_several_tenants_needs_one(
         assert terminal.json("sip", "show", *words)["id"] == id_
     assert terminal.refused("sip", "show", f"{other.slug}/trunk", "--tenant", tenant.slug).endswith(tenant.slug)
     assert terminal.refused("sip", "show", "nothing\x1b[2J") == "there is no SIP account of that name"
+    for nothing in ("", " ", f"{tenant.slug}/"):
+        assert terminal.refused("sip", "show", nothing).startswith("say which account: ")
 
 
 def test_a_change_is_registered_anew_and_an_empty_word_takes_a_value_away(
@@ -416,9 +466,53 @@ def test_a_change_is_registered_anew_and_an_empty_word_takes_a_value_away(
     assert [after[one] for one in ("target", "external_id", "contact_host", "auth_username")] == [None] * 4
     assert after["allows_md5"]
     assert terminal.refused("sip", "change", name) == "nothing is to be changed: say what"
-    for option in ("--host", "--username", "--transport", "--proxy", "--port"):
-        assert "unrecognized arguments" in terminal.misused("sip", "change", name, option, "x")
+    for option in ("--name", "--host", "--username", "--transport", "--proxy", "--port"):
+        assert "create another account, then remove this one" in terminal.refused("sip", "change", name, option, "x")
+    same = terminal("sip", "change", name, "--interval", "600", "--target=", "--md5")
+    assert same == "nothing changes: it is so already, and is not registered anew\n"
+    assert row(tenant)["revision"] == after["revision"]
     assert password(tenant) == PASSWORD
+
+
+def test_what_drachtio_bound_and_what_was_odd_is_shown_in_words(
+    terminal: Terminal, tenant: Tenant, account: tuple[str, str]
+) -> None:
+    name, _ = account
+    entry = """[{"at": "2026-01-02T03:04:05.678+00:00", "outcome": "registered", "code": 200, "seconds": 0.1,
+        "notes": ["1 other contact is bound", "our contact is listed more than once"]}]"""
+    bound = {"register_status": "'registered'", "expires_at": "now() + interval '4 minutes'", "granted": "300"}
+    later = {"next_refresh_at": "now() + interval '5 minutes'", "last_outcome": "'registered'"}
+    write(tenant, contact="'sip:p0@localhost;transport=udp'", history=f"'{entry}'", **bound, **later)
+
+    shown, as_json = terminal("sip", "show", name), terminal.json("sip", "show", name)
+
+    assert re.search(r"^calls come to: +drachtio$", shown, re.MULTILINE)
+    assert "sent by:          drachtio, which bound it; next direct — DRACHTIO_HOST is not set in this shell; " in shown
+    assert shown.rstrip().endswith("1 other contact is bound; our contact is listed more than once")
+    assert ": to register it again, once its binding has ended" in shown
+    assert (as_json["bound_by"], as_json["sent_by"]) == ("drachtio", "direct")
+    assert as_json["history"][0]["at"] == "2026-01-02T03:04:05.678Z"
+    assert as_json["history"][0]["notes"][0] == "1 other contact is bound"
+
+
+def test_a_new_account_that_cannot_go_well_is_made_with_a_warning(
+    terminal: Terminal, tenant: Tenant, account: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, (_, user) = factories.a_tenant(), account
+
+    def made(name: str, *words: str) -> list[str]:
+        type_in(monkeypatch, f"{PASSWORD}\n")
+        found: list[str] = terminal.json(*create(other, name, *words))["warnings"]
+        return found
+
+    (double,) = made("a", f"--username={user}", "--host=127.0.0.1")
+    assert double.startswith("there is an account of that user at that host already")
+    assert tenant.slug not in double
+    (shut,) = made("b", "--host=10.11.12.13")
+    assert shut.startswith("10.11.12.13 is not public, nor in SIP_ALLOWED_NETWORKS of this shell")
+    assert made("c", "--proxy=127.0.0.1", "--host=10.11.12.14") == []
+    type_in(monkeypatch, f"{PASSWORD}\n")
+    assert "\nwarning: there is an account of that user" in terminal(*create(other, "d", "--host=10.11.12.13"))
 
 
 # ---------------------------------------------------------------------------------------------------------- foretold
@@ -433,6 +527,7 @@ def test_a_dry_run_tells_all_and_touches_nothing(
     said = terminal("sip", "register", name, "--dry-run")
 
     assert "the worker itself, since DRACHTIO_HOST is not set here." in said
+    assert "by the settings of this shell: what a worker does, its own environment decides." in said
     assert f"REGISTER goes by UDP to 127.0.0.1:{provider.port}" in said
     assert "    REGISTER sip:127.0.0.1 SIP/2.0" in said
     assert "    Expires: 300" in said
@@ -524,9 +619,14 @@ def test_doctor_finds_accounts_that_are_late_lapsed_failed_or_doubled(
     write(tenant, expires_at="now() + interval '1 minute'", external_id="'17'", report_error="'it answered 500'")
     assert found_by_doctor() == [
         "ok: 1 SIP account is registered",
-        f"note: external ids, and no backend to tell (SIP_BACKEND_URL, SIP_BACKEND_KEY): {name}",
         f"warning: the backend does not take reports (`pombal sip show`): {name}",
     ]
+
+    write(tenant, report_error="NULL")
+    note = f"note: external ids, and no backend to tell (SIP_BACKEND_URL, SIP_BACKEND_KEY): {name}"
+    assert found_by_doctor()[1:] == [note]
+    write(tenant, reported_at="now()")
+    assert found_by_doctor()[1:] == [], "the workers have a backend"
 
     write(tenant, external_id="NULL", host="'10.11.12.13'")
     type_in(monkeypatch, f"{PASSWORD}\n")
@@ -536,6 +636,29 @@ def test_doctor_finds_accounts_that_are_late_lapsed_failed_or_doubled(
     assert f"warning: the registrar's address is not public, nor in SIP_ALLOWED_NETWORKS: {both}" in said
     assert f"warning: one user of one provider, several accounts; its calls ring at each: {both}" in said
     assert user not in "".join(said)
+
+
+def test_doctor_knows_by_a_binding_that_workers_have_what_this_shell_lacks(
+    tenant: Tenant, account: tuple[str, str]
+) -> None:
+    write(tenant, sender="'drachtio'", host="'10.11.12.13'")
+    assert [line.partition(":")[0] for line in found_by_doctor()] == ["error", "warning"]
+
+    contact = "'sip:p0@localhost;transport=udp'"
+    write(tenant, register_status="'registered'", expires_at="now() + interval '1 minute'", contact=contact)
+    assert found_by_doctor() == ["ok: 1 SIP account is registered"]
+
+
+def test_doctor_finds_a_host_whose_accounts_need_more_starts_than_a_worker_makes(
+    tenant: Tenant, account: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIP_STARTS_PER_SECOND", "1")
+    assert found_by_doctor() == []
+    write(tenant, interval="1")
+
+    (said,) = found_by_doctor()
+
+    assert said.startswith("warning: 127.0.0.1: its accounts (1) need 1.2 starts a second, and a worker makes 1 ")
 
 
 def test_doctor_tells_settings_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:

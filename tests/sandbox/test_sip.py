@@ -18,10 +18,13 @@ import httpx
 import pytest
 
 from pombal.cli import main
+from pombal.settings import settings
 from sandbox import client
 from sandbox.app import create_app
 from sandbox.client import SandboxError
+from sandbox.kinds import SIP_HABITS
 from sandbox.sip_digest import is_right
+from sandbox.sip_habits import Habit
 from sandbox.sip_odd import KINDS
 from sandbox.sip_service import Places
 from sandbox.sip_thread import SipThread
@@ -869,6 +872,43 @@ def test_a_command_sets_a_habit_and_ends_it(run: Callable[..., str], caller: Pho
     (shown,) = json.loads(run("habit", "--json"))
     assert (shown["user"], shown["met"]) == (USER, 1)
     assert "it does what it should" in run("habit", "--clear")
+
+
+def test_a_habit_that_cannot_work_is_refused_or_warned_of(
+    run: Callable[..., str], control: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "warning: the registrar has no account 'nobody'" in run("habit", "code=503", "--user", "nobody")
+    assert "warning" not in run("habit", "code=503", "--user", USER)
+    for words, reason in (
+        (("loud=true",), "there is no key 'loud'; there are code, reason, "),
+        (("code=423", "min_expires=900"), "min_expires alone answers 423 with Min-Expires"),
+        (("code=200",), "code"),
+    ):
+        assert main(["sandbox", "--port", control.rpartition(":")[2], "sip", "habit", *words]) == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_help_has_every_key_of_a_habit_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(SIP_HABITS) == Habit.__struct_fields__
+
+    with pytest.raises(SystemExit):
+        main(["sandbox", "sip", "habit", "--help"])
+
+    said = capsys.readouterr().out
+    assert all(f"  {key:<16} {does}\n" in said for key, does in SIP_HABITS.items())
+
+
+def test_a_port_that_is_given_wins_over_the_sandbox_that_is_written_down(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POMBAL_SANDBOX_URL", "http://127.0.0.1:9")
+    settings.cache_clear()
+    try:
+        assert "nothing was asked" in run("calls", "--clear")
+        assert main(["sandbox", "sip", "calls"]) == 1
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
 
 
 def test_a_command_lets_a_call_come_in(run: Callable[..., str], caller: Phone) -> None:
