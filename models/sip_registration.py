@@ -21,6 +21,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     RowMapping,
+    and_,
     case,
     delete,
     func,
@@ -37,7 +38,7 @@ from pombal.ids import uuid7
 
 CLAIM = timedelta(seconds=10)  # renewed while an attempt is under way
 # … of one that another process sends: it goes on for so long when ours has died (sip-registration.md §8).
-CLAIM_ELSEWHERE = timedelta(seconds=35)
+CLAIM_ELSEWHERE = timedelta(seconds=45)
 CSEQS = 20  # numbers in the block of an attempt; it makes fewer requests
 HISTORY = 20  # outcomes kept with the row
 
@@ -168,8 +169,8 @@ class SipRegistration(Tenanted, Dated, Base):
         values = dict(given)
         if password is not None:
             values["sealed"] = sealing.seal(id_, {"password": password})
-        if values.get("sender") == SipSender.EXTERNAL:
-            values["next_refresh_at"] = None
+        if "external_id" in values and not values["external_id"]:
+            values["report_at"] = None  # there is nobody to be told any more
         return cls._renew(s, tenant_id, id_, **values)
 
     @classmethod
@@ -188,17 +189,27 @@ class SipRegistration(Tenanted, Dated, Base):
     @classmethod
     def remove(cls, s: Session, tenant_id: UUID, id_: UUID) -> bool:
         """Have it un-registered and its row dropped then; at once if it is a controller's. Its name is free at once."""
-        theirs = delete(cls).where(cls.tenant_id == tenant_id, cls.id == id_, cls.sender == SipSender.EXTERNAL)
-        if _touched(s, theirs):
-            return True
         now = func.clock_timestamp()
-        ours = case((cls.sender == SipSender.EXTERNAL, SipSender.AUTO), else_=cls.sender)  # a controller was quicker
-        return cls._renew(s, tenant_id, id_, is_enabled=False, asked_at=now, removed_at=now, sender=ours)
+        was_there = cls._renew(s, tenant_id, id_, is_enabled=False, asked_at=now, removed_at=now)
+        theirs = delete(cls).where(cls.tenant_id == tenant_id, cls.id == id_, cls.sender == SipSender.EXTERNAL)
+        _touched(s, theirs)  # after it was marked: no controller takes a removed one
+        return was_there
 
     @classmethod
     def _renew(cls, s: Session, tenant_id: UUID, id_: UUID, **values: Any) -> bool:
         now = func.clock_timestamp()
-        new = {"revision": cls.revision + 1, "next_refresh_at": now, "failures": 0, "updated_at": now, **values}
+        new: dict[str, Any] = {"revision": cls.revision + 1, "failures": 0, "updated_at": now, "next_refresh_at": now}
+        if "sender" not in values:
+            new["next_refresh_at"] = case((cls.sender == SipSender.EXTERNAL, None), else_=now)
+        elif values.get("sender") == SipSender.EXTERNAL:
+            new |= {"next_refresh_at": None, **cls._given_away()}
+        else:
+            # What a controller said without an end has no end that anybody would notice.
+            is_endless = and_(cls.register_status == RegisterStatus.REGISTERED, cls.expires_at.is_(None))
+            new["register_status"] = case((is_endless, RegisterStatus.PENDING), else_=cls.register_status)
+            new["registered_since"] = case((is_endless, None), else_=cls.registered_since)
+            new["unregistered_since"] = case((is_endless, now), else_=cls.unregistered_since)
+        new |= values
         where = (cls.tenant_id == tenant_id, cls.id == id_, cls.removed_at.is_(None))
         return _touched(s, update(cls).where(*where).values(new))
 
@@ -230,18 +241,20 @@ class SipRegistration(Tenanted, Dated, Base):
             "granted": None,
             "contact": None,
             "failures": 0,
+            **cls._given_away(),
             "registered_since": func.coalesce(cls.registered_since, now) if is_registered else None,
             "unregistered_since": None if is_registered else func.coalesce(cls.unregistered_since, now),
-            "cseq": cls.cseq + CSEQS,
-            "claim_token": None,
-            "claimed_until": None,
-            "asked_at": None,
             "updated_at": now,
         }
         if last_register_at is not None:
             new["last_register_at"] = last_register_at
         where = (cls.tenant_id == tenant_id, cls.id == id_, cls.removed_at.is_(None))
         return _touched(s, update(cls).where(*where).values(new))
+
+    @classmethod
+    def _given_away(cls) -> dict[str, Any]:
+        """An attempt that is under way counts no more."""
+        return {"cseq": cls.cseq + CSEQS, "claim_token": None, "claimed_until": None, "asked_at": None}
 
     @staticmethod
     def listing(
@@ -314,10 +327,10 @@ class SipRegistration(Tenanted, Dated, Base):
         return written
 
     @staticmethod
-    def hold_back(s: Session, error: str) -> Sequence[RowMapping]:
+    def hold_back(s: Session, error: str, *, is_reported: bool) -> Sequence[RowMapping]:
         """Say of all that drachtio would register why they wait; returns the rows that this is news of, as `settle`
         does."""
-        return s.execute(_HOLD_BACK, {"error": error}).mappings().all()
+        return s.execute(_HOLD_BACK, {"error": error, "is_reported": is_reported}).mappings().all()
 
     @staticmethod
     def lapse(s: Session, *, is_reported: bool) -> Sequence[RowMapping]:
@@ -395,7 +408,8 @@ _NOBODYS = """next_refresh_at <= now() AND sender <> 'external'
 _ALLOWED = "NOT sender = ANY (CAST(:without AS text[])) AND NOT id = ANY (CAST(:held AS uuid[]))"
 _CLAIMED_UNTIL = """clock_timestamp()
         + CASE WHEN r.sender = ANY (CAST(:elsewhere AS text[])) THEN CAST(:longer AS interval) ELSE :length END"""
-_NEXT_REPORT = """report_at = CASE WHEN r.external_id IS NOT NULL AND {} THEN clock_timestamp() ELSE r.report_at END,
+_NEXT_REPORT = """report_at = CASE WHEN r.external_id IS NULL THEN NULL WHEN {} THEN clock_timestamp()
+        ELSE r.report_at END,
     report_revision = r.report_revision + 1"""
 
 _SHOWN = (
@@ -485,12 +499,13 @@ _SETTLED = rows(
 
 _SETTLE = text(f"""
     WITH given AS (
-        SELECT given.*, r.register_status AS was, r.status = 'registered' AS was_bound, clock_timestamp() AS now,
+        SELECT given.*, r.register_status AS was, r.is_bound AS was_bound, clock_timestamp() AS now,
             given.outcome = 'registered' AS is_bound,
             clock_timestamp() - given.ago * interval '1 second' AS sent_at
         FROM {_SETTLED}
         JOIN LATERAL (
-            SELECT register_status, {STATUS_NOW} AS status FROM sip_registration
+            SELECT register_status, register_status = 'registered' AND expires_at > clock_timestamp() AS is_bound
+            FROM sip_registration
             WHERE tenant_id = given.tenant_id AND id = given.id AND cseq = given.cseq AND claim_token = :token
             FOR UPDATE
         ) AS r ON true
@@ -507,7 +522,7 @@ _SETTLE = text(f"""
             WHEN is_bound THEN now END,
         unregistered_since = CASE WHEN is_bound OR was_bound AND NOT given.is_over THEN NULL
             ELSE coalesce(r.unregistered_since, least(r.expires_at, now)) END,
-        next_refresh_at = CASE WHEN r.revision <> given.revision THEN now
+        next_refresh_at = CASE WHEN r.sender = 'external' THEN NULL WHEN r.revision <> given.revision THEN now
             ELSE now + given.next * interval '1 second' END,
         asked_at = CASE WHEN r.revision <> given.revision THEN r.asked_at END,
         last_outcome = given.outcome,
@@ -536,7 +551,8 @@ _DROP = text("DELETE FROM sip_registration WHERE id = ANY (:ids)")
 # A row that says registered is left to `lapse`, which knows when that ended.
 _HOLD_BACK = text(f"""
     UPDATE sip_registration r SET register_error = :error, updated_at = clock_timestamp(),
-        register_status = CASE WHEN r.register_status = 'registered' THEN 'registered' ELSE 'failed' END
+        register_status = CASE WHEN r.register_status = 'registered' THEN 'registered' ELSE 'failed' END,
+        {_NEXT_REPORT.format("CAST(:is_reported AS boolean)")}
     FROM (
         SELECT tenant_id, id, register_status AS was FROM sip_registration
         WHERE {_NOBODYS} AND is_enabled AND sender IN ('auto', 'drachtio') AND register_error IS DISTINCT FROM :error
@@ -570,7 +586,8 @@ _CLAIM_REPORTS = text(f"""
     UPDATE sip_registration r SET report_claimed_until = clock_timestamp() + :length
     FROM (
         SELECT tenant_id, id FROM sip_registration
-        WHERE report_at <= now() AND (report_claimed_until IS NULL OR report_claimed_until <= now())
+        WHERE report_at <= now() AND external_id IS NOT NULL
+            AND (report_claimed_until IS NULL OR report_claimed_until <= now())
         ORDER BY report_at LIMIT :most FOR UPDATE SKIP LOCKED
     ) AS due
     WHERE r.tenant_id = due.tenant_id AND r.id = due.id

@@ -150,6 +150,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return None
         if not _is_address(self.sip_backend_url, "https", "http"):
             raise Misconfigured("SIP_BACKEND_URL is not an http(s) address")
+        if not (self.sip_backend_key.isascii() and self.sip_backend_key.isprintable()):
+            raise Misconfigured("SIP_BACKEND_KEY must be printable ASCII")
         return self.sip_backend_url.rstrip("/"), self.sip_backend_key
 
 

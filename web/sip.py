@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models import Event, RegisterStatus, SipRegistration, Tenant
+from models import Event, RegisterStatus, SipRegistration, SipSender, Tenant
 from pombal import db, log
 from pombal.settings import settings
 from web.errors import Failure
@@ -268,12 +268,14 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
             SipRegistration.register_error,
             SipRegistration.is_enabled,
             SipRegistration.next_refresh_at,
+            SipRegistration.sender,
         )
         is_it = (SipRegistration.id == id_, SipRegistration.removed_at.is_(None))
         was = s.execute(wanted.where(*is_it).with_for_update()).first()
         if was is None:
             return None
-        if not was.is_enabled and was.next_refresh_at is not None:
+        is_ours = was.sender != SipSender.EXTERNAL
+        if is_ours and not was.is_enabled and was.next_refresh_at is not None:
             raise Failure(409, "CONFLICT", "the account is being un-registered; tell again when that is over")
         status = RegisterStatus(told.register_status)
         error = told.register_error

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from uuid import UUID, uuid4
 
 from sqlalchemy import RowMapping
@@ -37,6 +38,7 @@ from workers._sip_outcomes import changes, names_of
 _log = log.get()
 
 _LOOK = 1.0  # seconds between two looks for what is due
+_NEXT_REPORTS = 0.05  # … between two batches of reports
 _LOOK_AGAIN = 0.25  # … while more is due than may be begun
 _RENEW, _RENEW_AGAIN = 3.0, 0.2
 _SAFE = CLAIM.total_seconds() - 2.0  # seconds after which a claim is no longer relied upon: clocks do not run alike
@@ -83,6 +85,7 @@ class Registrar:
         self._stopping = asyncio.Event()
         self._drachtio = _drachtio()
         self._is_away = False
+        self._told_why, self._told_at = "", 0.0
         self._broken: BaseException | None = None
 
     def wake(self) -> None:
@@ -102,8 +105,10 @@ class Registrar:
         for task in aside:
             task.add_done_callback(self._part_ended)
         try:
-            await self._look_for_due(once=once)
-            await self._wind_up()
+            try:
+                await self._look_for_due(once=once)
+            finally:
+                await self._wind_up()
             if self._broken is not None:
                 raise self._broken
         finally:
@@ -140,7 +145,12 @@ class Registrar:
 
     def _is_sent_elsewhere(self, held: Held) -> bool:
         """drachtio goes on with what it was given: whoever is next waits until that is over."""
-        return held.row["sender"] in _elsewhere()
+        return held.row["sender"] in _elsewhere() or _sip_attempt.is_drachtios(held.row["contact"] or "")
+
+    def _ended(self, held: Held, task: asyncio.Task[None]) -> None:
+        """One that ended without a word is nobody's: its claim runs out."""
+        if task.cancelled() or task.exception() is not None:
+            self._drop(held)
 
     def _drop(self, held: Held) -> None:
         if self._held.get(held.row["id"]) is held:
@@ -174,6 +184,7 @@ class Registrar:
             if row["asked_at"] is None:
                 metrics.sip_lateness.observe(max(0.0, row["late"]))
             held.task = asyncio.create_task(self._attempt(held))
+            held.task.add_done_callback(partial(self._ended, held))
         return left
 
     def _claim(
@@ -218,8 +229,9 @@ class Registrar:
                 result = Result.without_an_attempt(Outcome(Kind.UNREGISTERED), was_unregister=True)
             else:
                 result = await _sip_attempt.attempt(row, self._drachtio, held.fence)
-        except LostClaim:
+        except LostClaim:  # nothing of it is outstanding
             _log.warning("sip_claim_lost", **names)
+            await _patiently(_in_a_transaction, SipRegistration.release, self._token, [held.key])
             self._drop(held)
             return
         except Exception as error:
@@ -301,22 +313,25 @@ class Registrar:
         """Tell the backend, if there is one, how accounts stand."""
         if (backend := settings().require_sip_backend()) is None:
             return
-        async with SipBackend(*backend) as told:
-            while True:
-                try:
-                    more = await _sip_reports.tell(told)
-                except Exception as error:  # whatever it is, nobody stays unregistered for it
-                    if not _may_pass(error):
-                        _log.error("sip_reports_broke", traceback=log.redacted(error))
-                    more = False
-                await asyncio.sleep(0.05 if more else _LOOK)
+        while True:
+            try:
+                async with SipBackend(*backend) as told:
+                    while True:
+                        are_more = await _sip_reports.tell(told)
+                        await asyncio.sleep(_NEXT_REPORTS if are_more else _LOOK)
+            except Exception as error:  # whatever it is, nobody stays unregistered for it
+                if not _may_pass(error):
+                    _log.error("sip_reports_broke", traceback=log.redacted(error))
+            await asyncio.sleep(_LOOK)
 
     async def _hold_back(self, why: str) -> None:
         """drachtio is away, which is nobody's fault: its accounts wait, and say so."""
         if not self._is_away:
             self._is_away = True
             _log.error("drachtio_away", error=why)
-        await _patiently(_in_a_transaction, _held_back, why)
+        if why != self._told_why or time.monotonic() - self._told_at > _AWAY / 2:  # not once for each that failed
+            self._told_why, self._told_at = why, time.monotonic()
+            await _patiently(_in_a_transaction, _held_back, why)
 
     async def _look_for_drachtio(self) -> None:
         while self._drachtio is not None:
@@ -385,7 +400,8 @@ def _in_a_transaction(work: Callable[..., object], *given: object) -> None:
 
 
 def _held_back(s: Session, why: str) -> None:
-    Event.append(s, changes(SipRegistration.hold_back(s, why)))
+    is_reported = settings().require_sip_backend() is not None
+    Event.append(s, changes(SipRegistration.hold_back(s, why, is_reported=is_reported)))
 
 
 def _elsewhere() -> tuple[SipSender, ...]:

@@ -42,6 +42,7 @@ class Result:
     ended: float
     server: str | None = None
     contact: str | None = None  # that was bound
+    is_doubtful: bool = False  # another Contact was un-registered, and that may have taken this one with it
     was_unregister: bool = False
 
     @classmethod
@@ -88,7 +89,7 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     host = None
     if sender_of(row) is SipSender.DIRECT:
         host = row["contact_host"] or settings().sip_contact or None
-        is_ours = bound is not None and not _is_drachtios(bound) and bound.endswith(f";transport={row['transport']}")
+        is_ours = bound is not None and not is_drachtios(bound) and bound.endswith(f";transport={row['transport']}")
         if host is None and bound is not None and is_ours:
             return bound, None
     wanted = f"sip:{row['contact_token']}@{host or 'localhost'};transport={row['transport']}"
@@ -96,7 +97,7 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     return wanted, None if is_the_same else bound
 
 
-def _is_drachtios(bound: str) -> bool:
+def is_drachtios(bound: str) -> bool:
     """Whether a Contact that is bound is drachtio's, which alone knows where it points; a direct sender tells."""
     return _UNKNOWN in bound
 
@@ -114,7 +115,7 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
     _, old = contacts_of(row)
     if is_over and row["contact"] is not None:
         account = replace(account, contact=row["contact"])
-        sender = SipSender.DRACHTIO if _is_drachtios(row["contact"]) else sender
+        sender = SipSender.DRACHTIO if is_drachtios(row["contact"]) else sender
     way = partial(_flight, account, drachtio, fence)
     steps = Attempt(account, cseq=row["cseq"] - CSEQS + 1, unregister=is_over)
     try:
@@ -122,10 +123,13 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
             outcome, reply = await _converse(steps, partial(way, sender))
     except TimeoutError:
         outcome, reply = Outcome(Kind.TEMPORARY, error=f"no end within {_LONGEST:.0f} s"), None
+    is_doubtful = False
     if outcome.kind is Kind.REGISTERED and old is not None and old != _bound(account, reply):
-        outcome, reply = await _replace(account, old, way, sender, steps.cseq + 1) or (outcome, reply)
+        again = await _replace(account, old, way, sender, steps.cseq + 1)
+        is_doubtful, (outcome, reply) = again is None, again or (outcome, reply)
     sent, server = (reply.sent_at, reply.server) if reply else (began, None)
-    return Result(outcome, began_at, began, sent, time.monotonic(), server, _bound(account, reply), is_over)
+    contact = _bound(account, reply)
+    return Result(outcome, began_at, began, sent, time.monotonic(), server, contact, is_doubtful, is_over)
 
 
 def _bound(account: Account, reply: Reply | None) -> str | None:
@@ -138,7 +142,7 @@ async def _replace(
     """Un-register the old Contact, then register the new one again: some registrars keep one binding, whichever was
     last. None if that did not work: the old one ends by itself then, with its grant."""
     undo = Attempt(replace(account, contact=old), cseq=cseq, unregister=True)
-    by = SipSender.DRACHTIO if _is_drachtios(old) else SipSender.DIRECT
+    by = SipSender.DRACHTIO if is_drachtios(old) else SipSender.DIRECT
     with suppress(TimeoutError, LostClaim):
         async with asyncio.timeout(_FOR_THE_OLD):
             await _converse(undo, partial(way, by))

@@ -54,7 +54,8 @@ def _next(
     """Seconds until the next attempt; None for never. `bound`: seconds that a binding still lives."""
     outcome = result.outcome
     if outcome.kind is Kind.REGISTERED and outcome.granted is not None:
-        return sip.refresh_after(outcome.granted, dice) - (now - result.sent)
+        wait = sip.refresh_after(outcome.granted, dice) - (now - result.sent)
+        return min(wait, _SOON) if result.is_doubtful else wait
     if outcome.kind is Kind.UNREGISTERED or (result.was_unregister and bound is None):
         return None
     wait = sip.retry_after(outcome, row["failures"] + 1, dice, bound_seconds=bound)

@@ -32,7 +32,10 @@ async def _report(backend: SipBackend, row: RowMapping) -> None:
     names = names_of(row)
     try:
         await backend.report(row["external_id"], row["status"], row["register_error"], row["last_register_at"])
-    except NotTold as error:
+    except Exception as error:
+        if not isinstance(error, NotTold):  # a mistake of ours: not at once again, and no other waits for it
+            _log.error("sip_report_broke", **names, traceback=log.redacted(error))
+            error = NotTold("internal error; see the log", is_final=True)
         wait = _REFUSED if error.is_final else min(_LATEST, _SOON * 2 ** min(row["report_failures"], 10))
         await asyncio.to_thread(_not_taken, row, str(error), timedelta(seconds=wait))
         metrics.sip_reports.labels(outcome="failed").inc()

@@ -88,6 +88,21 @@ def test_while_drachtio_is_away_all_wait_and_say_so_and_none_has_failed(provider
             account.until(lambda row: row["status"] == "registered" and row["register_error"] is None)
 
 
+def test_the_backend_is_told_that_drachtio_is_away(
+    provider: SipThread, drachtio: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIP_BACKEND_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SIP_BACKEND_KEY", "a-key")
+    settings.cache_clear()
+    account = an_account("127.0.0.1", provider.port, "5511900002220", external_id="1")
+    with db.session([account.tenant_id]) as s:
+        SipRegistration.hold_back(s, "cannot reach drachtio", is_reported=True)
+
+    row = account.row()
+    assert (row["status"], row["register_error"]) == ("failed", "cannot reach drachtio")
+    assert row["report_at"] is not None
+
+
 def test_an_account_may_be_registered_directly_beside_a_drachtio(provider: SipThread, drachtio: Standin) -> None:
     account = an_account("127.0.0.1", provider.port, "5511900002220", sender="direct")
 

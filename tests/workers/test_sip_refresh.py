@@ -562,6 +562,50 @@ def test_an_account_that_was_disabled_for_long_is_missed_only_since_it_was_asked
     assert (row["now"] - row["unregistered_since"]).total_seconds() < 3600
 
 
+def test_an_account_that_was_taken_over_from_a_controller_is_not_registered_by_its_word(provider: SipThread) -> None:
+    account = a_customer(provider)
+    with db.session([account.tenant_id]) as s:
+        status = RegisterStatus.REGISTERED
+        SipRegistration.told(
+            s, account.tenant_id, account.id, status=status, error=None, last_register_at=None, expires_at=None
+        )
+    assert account.row()["status"] == "registered"
+    provider.habit(account.user, code=503)
+
+    with db.session([account.tenant_id]) as s:
+        SipRegistration.ask(s, account.tenant_id, account.id, sender="auto")
+    sip_refresh()
+
+    assert account.row()["status"] == "failed"
+
+
+def test_an_account_that_is_given_to_a_controller_is_never_due_whatever_is_changed(provider: SipThread) -> None:
+    account = a_customer(provider)
+    provider.habit(account.user, delay=0.5)
+    with a_registering_worker() as registrar:
+        until(lambda: len(registrar._held), lambda n: n == 1)
+        account.change(sender="external")
+        until(lambda: len(registrar._held), lambda n: n == 0)
+    account.change(target="sip:elsewhere@livekit.example")
+
+    row = account.row()
+    assert (row["status"], row["next_refresh_at"], row["history"]) == ("pending", None, [])
+
+
+def test_the_last_word_on_a_contact_that_changes_is_the_new_one_for_registrars_that_keep_one(
+    provider: SipThread,
+) -> None:
+    account = a_customer(provider, contact_host="127.0.0.8:5080")
+    with a_registering_worker():
+        account.until(lambda row: row["status"] == "registered")
+        account.change(contact_host="127.0.0.9:5080")
+        account.until(lambda row: "127.0.0.9" in (row["contact"] or ""))
+
+    asked = [(one["contact"].partition("@")[2][:9], one["expires"]) for one in provider.journal(user=account.user)]
+    assert ("127.0.0.8", "0") in asked
+    assert asked[-1] == ("127.0.0.9", "300")
+
+
 def test_no_password_is_in_a_log_a_row_an_event_a_metric_or_a_job(
     provider: SipThread, capfd: pytest.CaptureFixture[str]
 ) -> None:

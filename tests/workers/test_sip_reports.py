@@ -152,3 +152,15 @@ def test_news_that_came_while_a_report_failed_are_told_at_once(backend: Backend,
         SipRegistration.not_reported(s, account.tenant_id, account.id, *told)
 
     assert account.row()["report_at"] <= account.row()["now"]
+
+
+def test_an_account_that_lost_its_id_at_the_backend_is_reported_no_more(backend: Backend, provider: SipThread) -> None:
+    backend.answers = [500]
+    account, other = a_customer(provider, "12"), a_customer(provider, "13")
+    with a_registering_worker():
+        account.until(lambda row: row["reported_at"] is not None or row["report_error"] is not None)
+        account.set(report_at="now()")
+        account.change(external_id=None)
+        other.until(lambda row: row["reported_at"] is not None)
+
+    assert account.row()["report_at"] is None
