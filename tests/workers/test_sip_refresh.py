@@ -221,6 +221,14 @@ HOUR, MINUTE = (3200.0, 4000.0), (14.0, 61.0)
         ({"code": 480}, "480", MINUTE),
         ({"code": 503, "retry_after": 200}, "503", (195.0, 205.0)),
         ({"grant": 0}, "0", MINUTE),
+        ({"grant": 5}, "5", MINUTE),
+        ({"scheme": "Bearer"}, "Bearer", HOUR),
+        ({"omit": ["realm"]}, "realm", HOUR),
+        ({"omit": ["nonce"]}, "nonce", HOUR),
+        ({"nonce_newline": "bare"}, "401", HOUR),
+        ({"code": 408}, "408", MINUTE),
+        ({"code": 405}, "405", HOUR),
+        ({"code": 603}, "603", MINUTE),
     ],
     ids=lambda given: "-".join(f"{k}={v}" for k, v in given.items()) if isinstance(given, dict) else "",
 )
@@ -254,6 +262,15 @@ def test_what_a_provider_refuses_is_told_with_its_reason_and_tried_again_in_due_
         {"others": [{"contact": "sip:other@198.51.100.7:5060", "expires": 3600}]},
         {"rewrite_contact": {"host": "203.0.113.9"}},
         {"grant_in": "header"},
+        {"grant_in": "both_differ"},
+        {"grant_in": "nowhere"},
+        {"header": "-1"},
+        {"unlisted": True},
+        {"rewrite_contact": {"user": "somebody"}},
+        {"realm": "another.example"},
+        {"opaque": "abc"},
+        {"one_line": True, "algorithms": ["FOO", "SHA-256", "MD5"]},
+        {"delay": 1.0},
         {"provisional": True},
         {"silent": 1},
         {"malformed": ["garbage", "no_status_line", "huge", "latin1", "many_via", "truncated"]},
@@ -274,6 +291,43 @@ def test_what_a_provider_asks_for_or_gets_wrong_keeps_no_account_from_being_regi
     assert 250 < (row["expires_at"] - row["now"]).total_seconds() <= 600
     assert provider.state(account.user)["registered"]
     assert [one["complaints"] for one in provider.journal(user=account.user) if one["complaints"]] == []
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"tcp_split": 1},
+        {"tcp_keep_alives": True},
+        {"tcp_close": "answer"},
+        {"tcp_close": "challenge"},
+        {"provisional": True},
+        {"malformed": ["foreign_branch", "foreign_call_id"]},
+    ],
+    ids=lambda habit: "-".join(habit),
+)
+def test_what_a_provider_does_to_a_connection_keeps_no_account_from_being_registered(
+    provider: SipThread, habit: dict[str, Any]
+) -> None:
+    account = a_customer(provider, transport="tcp")
+    provider.habit(account.user, **habit)
+
+    sip_refresh()
+
+    assert (account.row()["status"], account.row()["register_error"]) == ("registered", None)
+
+
+def test_silence_and_nonsense_are_named_with_the_time_they_had_and_tried_again_soon(provider: SipThread) -> None:
+    silent, odd = a_customer(provider), a_customer(provider)
+    provider.habit(silent.user, silent="all")
+    provider.habit(odd.user, malformed=["garbage", "no_status_line"], only=True)
+
+    sip_refresh()
+
+    for account in (silent, odd):
+        row = account.row()
+        assert (row["status"], row["last_outcome"]) == ("failed", "temporary")
+        assert row["register_error"] == f"no answer within 32 s from 127.0.0.1:{provider.port}"
+        assert 14 < (row["next_refresh_at"] - row["updated_at"]).total_seconds() < 61
 
 
 def test_a_provider_that_nobody_hears_holds_up_no_other(provider: SipThread) -> None:
