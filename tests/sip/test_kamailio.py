@@ -19,6 +19,7 @@ _numbers = itertools.count()
 def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
     settings.cache_clear()
+    nobody_registers()
     yield
     nobody_registers()
     monkeypatch.undo()

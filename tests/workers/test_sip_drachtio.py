@@ -36,6 +36,7 @@ def drachtio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
         monkeypatch.setenv("DRACHTIO_SECRET", SECRET)
         monkeypatch.setenv("API_KEY", FLEET_KEY)
         settings.cache_clear()
+        nobody_registers()
         yield standin
         assert standin.violations() == []
         assert standin.routes() == [], "a worker would swallow calls"

@@ -33,6 +33,7 @@ _numbers = itertools.count(5511_9000_0001)
 def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
     settings.cache_clear()
+    nobody_registers()
     yield
     nobody_registers()
     monkeypatch.undo()

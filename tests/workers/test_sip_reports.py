@@ -51,6 +51,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     monkeypatch.setenv("SIP_BACKEND_URL", running.url + "/")
     monkeypatch.setenv("SIP_BACKEND_KEY", KEY)
     settings.cache_clear()
+    nobody_registers()
     yield running
     nobody_registers()
     monkeypatch.undo()
