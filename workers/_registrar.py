@@ -231,8 +231,8 @@ class Registrar:
                 result = await _sip_attempt.attempt(row, self._drachtio, held.fence)
         except LostClaim:  # nothing of it is outstanding
             _log.warning("sip_claim_lost", **names)
-            await _patiently(_in_a_transaction, SipRegistration.release, self._token, [held.key])
             self._drop(held)
+            await _patiently(_in_a_transaction, SipRegistration.release, self._token, [held.key])
             return
         except Exception as error:
             # A mistake of ours: it must neither end the others nor be tried again without a pause.
@@ -298,7 +298,8 @@ class Registrar:
             for one in held:
                 if one.key[1] in ours:
                     one.until = now + _SAFE
-                elif one.task is not None and one.is_under_way:  # what has ended is written down, if nobody else was
+                elif one.task is not None and one.is_under_way and self._held.get(one.key[1]) is one:
+                    # What has ended is written down, unless somebody else was quicker.
                     _log.warning("sip_claim_lost", **names_of(one.row))
                     one.task.cancel()
                     self._drop(one)
