@@ -24,6 +24,12 @@ from tests.sip.kamailio import PASSWORD, Bound, a_kamailio, needs_kamailio
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are found through /proc")
 
+# Rows in the order in which workers, who may be at them, take them.
+MINE = """
+    WITH mine AS MATERIALIZED (
+        SELECT tenant_id, id FROM sip_registration WHERE id = ANY(%s::uuid[]) ORDER BY tenant_id, id FOR UPDATE
+    )
+"""
 LONG = 180.0  # seconds; how long a condition may take on a busy machine
 
 
@@ -175,10 +181,11 @@ class Accounts:
     def become_due(self, *, over: float = 0.0) -> None:
         """One after the other in so many seconds, or all now."""
         query = """
-            UPDATE sip_registration SET next_refresh_at = now() + substr(username, 2)::int * %s * interval '1 second'
-            WHERE id = ANY(%s::uuid[]) RETURNING 1
+            UPDATE sip_registration r
+            SET next_refresh_at = now() + substr(r.username, 2)::int * %s * interval '1 second'
+            FROM mine WHERE r.tenant_id = mine.tenant_id AND r.id = mine.id RETURNING 1
         """
-        assert len(self.fleet.rows(query, over / self.count, list(self.ids.values()))) == self.count
+        assert len(self.fleet.rows(MINE + query, list(self.ids.values()), over / self.count)) == self.count
 
     def column(self, what: str) -> list[Any]:
         query = f"SELECT {what} FROM sip_registration WHERE id = ANY(%s::uuid[]) ORDER BY id"  # noqa: S608 - our words
@@ -200,7 +207,10 @@ class Accounts:
         return found
 
     def remove(self) -> None:
-        self.fleet.rows("DELETE FROM sip_registration WHERE id = ANY(%s::uuid[]) RETURNING 1", list(self.ids.values()))
+        query = """
+            DELETE FROM sip_registration r USING mine WHERE r.tenant_id = mine.tenant_id AND r.id = mine.id RETURNING 1
+        """
+        self.fleet.rows(MINE + query, list(self.ids.values()))
 
 
 # --------------------------------------------------------------------------------------------------------- the tests
