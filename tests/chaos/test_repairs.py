@@ -196,7 +196,9 @@ def test_a_fixer_that_is_killed_again_and_again_leaves_a_started_session(
     until(lambda: ended(fleet, patient) is not None, "the incident has ended", 120, pause=0.5)
 
     told = incident(fleet, patient)
-    assert (acts(told), ended(fleet, patient)) == (("restart", "drop_keys"), "repaired"), told
+    assert acts(told) == ("restart", "drop_keys"), told
+    # A failure from before the last kill may be heard of after the step on a slow machine: then a person is asked.
+    assert ended(fleet, patient) in ("repaired", "waiting"), told
     assert session_of(sandbox, patient)["state"] == "open"
     touches = client.baileys_touches(sandbox, gateway="killed")["touches"]
     assert [one for one in touches if one["kind"] == "touched_while_open"] == []
