@@ -43,6 +43,14 @@ CSEQS = 20  # numbers in the block of an attempt; it makes fewer requests
 HISTORY = 20  # outcomes kept with the row
 
 
+AT_SENDER = "@localhost;"  # in a Contact: whoever sends puts itself there
+
+
+def is_drachtios(contact: str) -> bool:
+    """Whether a Contact that is bound is drachtio's, which alone knows where it points; a direct sender tells."""
+    return AT_SENDER in contact
+
+
 class RegisterStatus(StrEnum):
     PENDING = "pending"
     REGISTERED = "registered"

@@ -25,10 +25,10 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 from pombal import log, metrics
-from providers.guard import Network, is_public
+from providers.guard import Network, may_reach
 from providers.sip import Transport
 from providers.sip_flight import Fence, Flight, NotSent, Reply, Trouble
-from providers.sip_message import Request, Response, encode, read
+from providers.sip_message import Request, Response, encode, host_in_uri, read
 
 _KNOWN_TO_ALL = "cymru"  # the secret in drachtio's sample configuration
 _CONNECT = 5.0  # seconds to connect and be let in
@@ -101,7 +101,7 @@ class _Origin(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"{self.protocol}/{_bracketed(str(self.address))}:{self.port}"
+        return f"{self.protocol}/{host_in_uri(str(self.address))}:{self.port}"
 
 
 class _Final(NamedTuple):
@@ -148,7 +148,7 @@ class Drachtio:
         gap: tuple[float, float] = (_GAP, _WIDEST_GAP),
         wait: float = _WAIT,
     ) -> None:
-        self.where = f"drachtio at {_bracketed(host)}:{port}"
+        self.where = f"drachtio at {host_in_uri(host)}:{port}"
         self.wait = wait
         self._host, self._port, self._secret = host, port, secret
         self._ping_every, self._allowed = ping_every, allowed
@@ -227,11 +227,11 @@ class Drachtio:
         if address is not None:
             self.check(address)
         suffix = f":{port}" if port else ""
-        return f"sip:{_bracketed(str(address or host))}{suffix};transport={transport.value}"
+        return f"sip:{host_in_uri(str(address or host))}{suffix};transport={transport.value}"
 
     def check(self, address: _Address) -> None:
         """Raises `NotSent` when nobody may be registered there."""
-        if self._allowed is None or is_public(address) or any(address in network for network in self._allowed):
+        if may_reach(address, self._allowed):
             return
         raise NotSent(
             Trouble.PERMANENT, f"{address} is not a public address, and not in a network of SIP_ALLOWED_NETWORKS"
@@ -535,10 +535,6 @@ def _address(text: str) -> _Address | None:
     except ValueError:
         return None
     return None if isinstance(found, IPv6Address) and found.scope_id else found  # a scope could say anything
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _origin(protocol: str, address: str, port: str) -> _Origin | None:

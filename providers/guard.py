@@ -144,6 +144,11 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     return address.is_global and not any(address in network for network in _SPECIAL)
 
 
+def may_reach(address: IPv4Address | IPv6Address, allowed: Collection[Network] | None) -> bool:
+    """Whether it is public or in one of these networks; None allows all."""
+    return allowed is None or is_public(address) or any(address in network for network in allowed)
+
+
 def addresses_of(host: str) -> list[str]:
     """All addresses of a host, as the system resolves it: `127.1` and `0x7f.1` are names like others to it."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -159,7 +164,7 @@ class _Sight:
     def checked(self, found: Iterable[str]) -> list[IPv4Address | IPv6Address]:
         """All addresses of a name, to connect to. Raises `BlockedAddress` when one of them may not be seen."""
         addresses = [ip_address(address) for address in found]
-        if not all(self._may_see(address) for address in addresses):
+        if not all(may_reach(address, self._allowed) for address in addresses):
             raise BlockedAddress("an address that is not public")
         return addresses
 
@@ -167,9 +172,6 @@ class _Sight:
         """Whether all of them are in `allowed` networks."""
         addresses = [ip_address(address) for address in found]
         return bool(addresses) and all(any(a in network for network in self._allowed or ()) for a in addresses)
-
-    def _may_see(self, address: IPv4Address | IPv6Address) -> bool:
-        return self._allowed is None or is_public(address) or any(address in network for network in self._allowed)
 
 
 class _Rules:

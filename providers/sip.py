@@ -30,8 +30,8 @@ _MOST_ANSWERS = 2  # to the challenges of one asker (security-reliability.md R1)
 _TEMPORARY_4XX = frozenset({408, 429, 480, 491})
 _PERMANENT_ABOVE_4XX = frozenset({501, 505, 604})
 
-_LAST_CALL = 25.0  # seconds before a binding ends: when a failed refresh is tried once more
-_SHORTEST_WAIT = 5.0
+LAST_CALL = 25.0  # seconds before a binding ends: when a failed refresh is tried once more
+SHORTEST_WAIT = 5.0
 
 _NUMBER = re.compile(r"\d(?:[\s()-]{0,3}\d){5,}")  # somebody's, in words of ours: addresses and ports stay
 _FOREIGN_NUMBER = re.compile(r"(?<!SHA-)\d(?:\W{0,3}\d){5,}")  # however it is written; SHA-512-256 is none
@@ -335,7 +335,7 @@ def refresh_after(granted: int, dice: Random) -> float:
     """
     lead = 60.0 if granted >= 120 else granted / 2
     jitter = dice.uniform(0, min(10.0, granted / 10))
-    return max(_SHORTEST_WAIT, granted - lead - jitter)
+    return max(SHORTEST_WAIT, granted - lead - jitter)
 
 
 def retry_after(outcome: Outcome, failures: int, dice: Random, *, bound_seconds: float | None) -> float:
@@ -350,14 +350,14 @@ def retry_after(outcome: Outcome, failures: int, dice: Random, *, bound_seconds:
     if outcome.kind is Kind.PERMANENT:
         wait = dice.uniform(0.9, 1.1) * 3600
         # A single stray refusal shall not cost an hour without calls; a second one is meant.
-        if failures <= 1 and bound_seconds is not None and bound_seconds > _LAST_CALL + _SHORTEST_WAIT:
-            wait = min(wait, bound_seconds - _LAST_CALL)
+        if failures <= 1 and bound_seconds is not None and bound_seconds > LAST_CALL + SHORTEST_WAIT:
+            wait = min(wait, bound_seconds - LAST_CALL)
         return max(patience, wait)
     most = min(1800.0, 30.0 * 2 ** min(failures, 10))
     wait = dice.uniform(most / 2, most)
     # With less left than that the try was made, unless this was the first failure.
-    if bound_seconds is not None and bound_seconds > 0 and (bound_seconds > _LAST_CALL or failures <= 1):
-        wait = min(wait, max(_SHORTEST_WAIT, bound_seconds - _LAST_CALL))
+    if bound_seconds is not None and bound_seconds > 0 and (bound_seconds > LAST_CALL or failures <= 1):
+        wait = min(wait, max(SHORTEST_WAIT, bound_seconds - LAST_CALL))
     return max(patience, wait)
 
 

@@ -1,7 +1,7 @@
 """The backend that outcomes of registrations are reported to, as a Drachtio controller did (sip-registration.md §1)."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -9,6 +9,7 @@ from urllib.parse import quote
 import httpx
 
 from pombal.errors import PombalError
+from pombal.times import zulu
 from providers import guard
 
 _SECONDS = 5.0  # after which a report has failed
@@ -46,7 +47,8 @@ class SipBackend:
 
     async def report(self, external_id: str, status: str, error: str | None, last_register_at: datetime | None) -> None:
         """Say how an account stands. Raises `NotTold`."""
-        body = {"registerStatus": status, "registerError": error, "lastRegisterAt": _iso(last_register_at)}
+        at = zulu(last_register_at, "seconds") if last_register_at else None
+        body = {"registerStatus": status, "registerError": error, "lastRegisterAt": at}
         url = f"{self._url}/api/sip/provider-registration/{quote(external_id, safe='')}"
         try:
             async with (
@@ -59,7 +61,3 @@ class SipBackend:
         if not 200 <= code < 300:
             is_final = 300 <= code < 500 and code not in (408, 429)
             raise NotTold(f"the backend answered {code}", is_final=is_final)
-
-
-def _iso(at: datetime | None) -> str | None:
-    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if at else None

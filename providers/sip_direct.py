@@ -24,7 +24,7 @@ from providers import guard, sip_dns
 from providers.sip import Transport
 from providers.sip_dns import Target, at
 from providers.sip_flight import Fence, NotSent, Reply, Trouble
-from providers.sip_message import BadFrame, Framer, Request, Response, encode, read
+from providers.sip_message import BadFrame, Framer, Request, Response, encode, host_in_uri, read
 
 BUDGET = 32.0  # seconds for an answer: 64 * T1
 T1 = 0.5
@@ -172,7 +172,7 @@ class DirectFlight:
         branch = f"z9hG4bK{secrets.token_hex(12)}"
         via = f"SIP/2.0/{way.target.transport.upper()} {local};branch={branch};rport"
         # Without the port, which is another one each time: as many bindings would ring one after the other.
-        contact_host = self._contact_host or _bracketed(way.local[0])
+        contact_host = self._contact_host or host_in_uri(way.local[0])
         text = encode(request.at_contact_host(contact_host), via=via)
         ours = (branch, request.call_id, request.cseq, request.method)
 
@@ -477,7 +477,3 @@ def _local_address(target: Target) -> str | None:
         except OSError:
             return None
         return str(one.getsockname()[0])
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

@@ -30,6 +30,7 @@ from dns.rdtypes.IN.SRV import SRV
 from providers import guard
 from providers.sip import Transport
 from providers.sip_flight import NotSent, Trouble
+from providers.sip_message import host_in_uri
 
 DEADLINE = 5.0  # seconds for all that has to be looked up
 _MOST = 5  # targets
@@ -75,7 +76,7 @@ class _Service(NamedTuple):
 
 def at(host: str, port: int) -> str:
     """`host:port`, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{host_in_uri(host)}:{port}"
 
 
 async def targets(
@@ -181,7 +182,7 @@ class _Search:
         """All must be fit to see, as in `guard`: a name that leads inside once is not to be trusted with the rest."""
         for address, _ in found:
             one = ip_address(address)
-            if not guard.is_public(one) and not any(one in network for network in self._allowed):
+            if not guard.may_reach(one, self._allowed):
                 raise NotSent(
                     Trouble.PERMANENT,
                     f"{self._host} leads to an address that is not public; SIP_ALLOWED_NETWORKS may allow it",

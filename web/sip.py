@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from models import Event, RegisterStatus, SipRegistration, SipSender, Tenant
 from pombal import db, log
 from pombal.settings import settings
+from pombal.times import zulu
 from web.errors import Failure
 from web.messages import in_time
 from web.outbox import PATIENCE
@@ -354,4 +355,4 @@ def _shown(row: RowMapping, slug: str) -> dict[str, Any]:
 
 def _at(at: datetime | None) -> str | None:
     """As a Node program writes times (sip-registration.md §1: `Z`)."""
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if at is not None else None
+    return zulu(at) if at is not None else None

@@ -23,7 +23,7 @@ from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from models import Event, SipRegistration, SipSender
-from models.sip_registration import CLAIM
+from models.sip_registration import CLAIM, is_drachtios
 from pombal import db, log, metrics
 from pombal.middleware import is_store_trouble
 from pombal.settings import settings
@@ -33,7 +33,7 @@ from providers.sip_backend import SipBackend
 from providers.sip_flight import NotSent
 from workers import _sip_attempt, _sip_outcomes, _sip_reports
 from workers._sip_attempt import LostClaim, Result
-from workers._sip_outcomes import changes, names_of
+from workers._sip_outcomes import changes, is_reported, names_of
 
 _log = log.get()
 
@@ -145,7 +145,7 @@ class Registrar:
 
     def _is_sent_elsewhere(self, held: Held) -> bool:
         """drachtio goes on with what it was given: whoever is next waits until that is over."""
-        return held.row["sender"] in _elsewhere() or _sip_attempt.is_drachtios(held.row["contact"] or "")
+        return held.row["sender"] in _elsewhere() or is_drachtios(held.row["contact"] or "")
 
     def _ended(self, held: Held, task: asyncio.Task[None]) -> None:
         """One that ended without a word is nobody's: its claim runs out."""
@@ -401,8 +401,7 @@ def _in_a_transaction(work: Callable[..., object], *given: object) -> None:
 
 
 def _held_back(s: Session, why: str) -> None:
-    is_reported = settings().require_sip_backend() is not None
-    Event.append(s, changes(SipRegistration.hold_back(s, why, is_reported=is_reported)))
+    Event.append(s, changes(SipRegistration.hold_back(s, why, is_reported=is_reported())))
 
 
 def _elsewhere() -> tuple[SipSender, ...]:

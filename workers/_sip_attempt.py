@@ -11,7 +11,7 @@ from functools import partial
 from sqlalchemy import RowMapping
 
 from models import SipSender
-from models.sip_registration import CSEQS
+from models.sip_registration import AT_SENDER, CSEQS, is_drachtios
 from pombal.errors import Misconfigured, PombalError
 from pombal.secrets import unseal
 from pombal.settings import settings
@@ -21,7 +21,6 @@ from providers.sip_direct import DirectFlight
 from providers.sip_flight import Fence, Flight, NotSent, Reply, Trouble
 from providers.sip_message import Request
 
-_UNKNOWN = "@localhost;"  # in a Contact: whoever sends puts itself there
 _FOR_THE_OLD = 5.0  # seconds that a Contact which is replaced has to go
 _LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
 
@@ -97,11 +96,6 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     return wanted, None if is_the_same else bound
 
 
-def is_drachtios(bound: str) -> bool:
-    """Whether a Contact that is bound is drachtio's, which alone knows where it points; a direct sender tells."""
-    return _UNKNOWN in bound
-
-
 async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> Result:
     """Register it, or un-register it if it is disabled. Raises only what the fence raises."""
     began_at, began = datetime.now(UTC), time.monotonic()
@@ -133,7 +127,7 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
 
 
 def _bound(account: Account, reply: Reply | None) -> str | None:
-    return account.contact.replace(_UNKNOWN, f"@{reply.local};") if reply else None
+    return account.contact.replace(AT_SENDER, f"@{reply.local};") if reply else None
 
 
 async def _replace(

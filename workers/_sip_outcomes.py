@@ -19,7 +19,6 @@ from workers._sip_attempt import Result
 _log = log.get()
 
 _OURS_AGAIN = 60.0  # seconds: what is wrong with us a person has to mend
-_SOON, _LAST_CALL = 5.0, 25.0  # … but once more so long before a binding ends, and no sooner than that
 _EVENTS = {"registered": "sip_registered", "failed": "sip_failed", "pending": "sip_unregistered"}
 
 
@@ -44,7 +43,7 @@ def verdict(row: RowMapping, result: Result, dice: random.Random, *, is_away: bo
         "call_id": secrets.token_hex(16) if outcome.wants_new_call_id else None,
         "entries": _entries(row, result),
         "is_over": result.was_unregister and next_ is None,
-        "is_reported": settings().require_sip_backend() is not None,
+        "is_reported": is_reported(),
     }
 
 
@@ -55,12 +54,12 @@ def _next(
     outcome = result.outcome
     if outcome.kind is Kind.REGISTERED and outcome.granted is not None:
         wait = sip.refresh_after(outcome.granted, dice) - (now - result.sent)
-        return min(wait, _SOON) if result.is_doubtful else wait
+        return min(wait, sip.SHORTEST_WAIT) if result.is_doubtful else wait
     if outcome.kind is Kind.UNREGISTERED or (result.was_unregister and bound is None):
         return None
     wait = sip.retry_after(outcome, row["failures"] + 1, dice, bound_seconds=bound)
     if outcome.kind is Kind.OURS and not is_away:
-        wait = _OURS_AGAIN if bound is None else min(_OURS_AGAIN, max(_SOON, bound - _LAST_CALL))
+        wait = _OURS_AGAIN if bound is None else min(_OURS_AGAIN, max(sip.SHORTEST_WAIT, bound - sip.LAST_CALL))
     if result.was_unregister and bound is not None:
         wait = min(wait, bound + 1.0)  # it ends by itself then
     return wait
@@ -74,6 +73,11 @@ def _entries(row: RowMapping, result: Result) -> list[dict[str, Any]]:
     if row["lost_at"] is not None:
         entries.insert(0, entry(row["lost_at"], "unknown", None, "its worker ended in mid-attempt", 0.0, None, ()))
     return entries
+
+
+def is_reported() -> bool:
+    """Whether there is a backend that hears of outcomes."""
+    return settings().require_sip_backend() is not None
 
 
 def changes(written: Iterable[RowMapping]) -> list[dict[str, Any]]:

@@ -16,10 +16,9 @@ from pombal import db, log, metrics
 from pombal.broker import HardenedBroker, actor, broker
 from pombal.errors import Permanent
 from pombal.middleware import bell_may_be_lost
-from pombal.settings import settings
 from workers._registrar import Registrar
 from workers._rounds import new_loop
-from workers._sip_outcomes import changes, names_of
+from workers._sip_outcomes import changes, is_reported, names_of
 
 _log = log.get()
 
@@ -44,10 +43,9 @@ def ring_registrar() -> None:
 
 def note_lapses() -> None:
     """For the sweep, whatever is away but the database: write down which grants ran out."""
-    is_reported = settings().require_sip_backend() is not None
     with db.session() as s:
         db.see_all(s)
-        lapsed = SipRegistration.lapse(s, is_reported=is_reported)
+        lapsed = SipRegistration.lapse(s, is_reported=is_reported())
         Event.append(s, changes(lapsed))
     for row in lapsed:
         metrics.sip_lapses.inc()

@@ -3,7 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -11,10 +11,12 @@ from uuid import UUID
 from sqlalchemy import RowMapping, select
 
 from models import RegisterStatus, SipRegistration, SipSender, Tenant
+from models.sip_registration import is_drachtios
 from pombal import db
 from pombal.cli import as_json, say, table
 from pombal.cli.admin import Refused, tenant_named
 from pombal.settings import settings
+from pombal.times import zulu
 from providers import guard
 
 LATE = timedelta(seconds=15)  # after which somebody should have taken what is due
@@ -28,7 +30,6 @@ _LISTED = (
 )
 _OURS_ALONE = ("register_status", "revision", "removed_at", "from_tag", "now", "bound_seconds")  # nor in `show --json`
 _NAMES = {"contact_token": "contact_user"}  # as everybody else calls it
-_UNKNOWN = "@localhost"  # in a Contact: drachtio puts itself there (`workers/_sip_attempt.py`)
 
 
 class Found(NamedTuple):
@@ -255,7 +256,7 @@ def bound_by(row: RowMapping) -> str | None:
     """Who made the binding that lives; None without one of ours."""
     if row["contact"] is None or row["expires_at"] is None or row["expires_at"] <= row["now"]:
         return None
-    return SipSender.DRACHTIO if _UNKNOWN in row["contact"] else SipSender.DIRECT
+    return SipSender.DRACHTIO if is_drachtios(row["contact"]) else SipSender.DIRECT
 
 
 def is_shut(place: str) -> bool:
@@ -265,7 +266,7 @@ def is_shut(place: str) -> bool:
         address = ip_address(place)
     except ValueError:
         return False
-    return not guard.is_public(address) and not any(address in one for one in settings().require_sip_networks())
+    return not guard.may_reach(address, settings().require_sip_networks())
 
 
 def _senders(row: RowMapping) -> str:
@@ -279,7 +280,7 @@ def _senders(row: RowMapping) -> str:
 def _calls(row: RowMapping) -> str:
     if row["contact"] is None:
         return "nothing of ours that is bound now"
-    return "drachtio" if _UNKNOWN in row["contact"] else str(row["contact"])
+    return "drachtio" if is_drachtios(row["contact"]) else str(row["contact"])
 
 
 def _registrar(row: RowMapping) -> str:
@@ -332,9 +333,9 @@ def _ago(at: datetime | None, now: datetime) -> str:
 def _plain(value: Any) -> Any:
     """Times as the API tells them (`web/sip.py`)."""
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return zulu(value)
     return value
 
 
 def minute(at: datetime) -> str:
-    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return zulu(at, "seconds")

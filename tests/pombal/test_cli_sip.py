@@ -25,7 +25,7 @@ from tests.chaos.fleet import Fleet, until
 from tests.pombal.test_cli import Terminal
 from tests.sandbox.drachtio_servers import SECRET, a_drachtio
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import a_registering_worker, nobody_registers
+from tests.sip.accounts import a_registering_worker, nearby
 
 pytestmark = pytest.mark.usefixtures("queues")
 
@@ -59,13 +59,8 @@ def tenant() -> Tenant:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Whose changes are settings; registrars on this machine may be reached. Nobody else's account is due."""
-    nobody_registers()
-    monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
-    settings.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    settings.cache_clear()
-    nobody_registers()
+    with nearby(monkeypatch):
+        yield monkeypatch
 
 
 @pytest.fixture(scope="module")

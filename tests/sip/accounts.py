@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+import pytest
 from sqlalchemy import RowMapping
 
 from models import SipRegistration
 from pombal import db
+from pombal.settings import settings
 from tests.factories import a_tenant, superuser
 from workers._registrar import Registrar
 from workers._rounds import new_loop
@@ -124,6 +126,21 @@ def a_registering_worker() -> Iterator[Registrar]:
             made[0][0].call_soon_threadsafe(made[0][1].stop)
         thread.join(PATIENCE)
     assert not failures, failures
+
+
+@contextmanager
+def nearby(monkeypatch: pytest.MonkeyPatch, **given: str) -> Iterator[None]:
+    """These settings, and registrars on this machine may be reached. Nobody else's account is due, nor one later."""
+    for name, value in {"SIP_ALLOWED_NETWORKS": "127.0.0.0/8", **given}.items():
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+    nobody_registers()
+    try:
+        yield
+    finally:
+        nobody_registers()
+        monkeypatch.undo()
+        settings.cache_clear()
 
 
 def nobody_registers() -> None:

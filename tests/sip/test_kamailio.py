@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from pombal.settings import settings
-from tests.sip.accounts import Account, a_registering_worker, an_account, nobody_registers, until
+from tests.sip.accounts import Account, a_registering_worker, an_account, nearby, until
 from tests.sip.kamailio import PASSWORD, Kamailio, a_kamailio, needs_kamailio
 
 pytestmark = needs_kamailio
@@ -17,13 +16,8 @@ _numbers = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
-    settings.cache_clear()
-    nobody_registers()
-    yield
-    nobody_registers()
-    monkeypatch.undo()
-    settings.cache_clear()
+    with nearby(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sandbox.drachtio import Standin
 from sandbox.sip_thread import SipThread
 from tests.sandbox.drachtio_servers import SECRET, a_drachtio
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import PASSWORD, a_registering_worker, an_account, nobody_registers, until
+from tests.sip.accounts import PASSWORD, a_registering_worker, an_account, nearby, until
 from tests.web.process import running
 from workers.sip_refresh import sip_refresh
 
@@ -30,19 +30,11 @@ def provider() -> Iterator[SipThread]:
 @pytest.fixture
 def drachtio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
     with a_drachtio() as standin:
-        monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
-        monkeypatch.setenv("DRACHTIO_HOST", "127.0.0.1")
-        monkeypatch.setenv("DRACHTIO_PORT", str(standin.port))
-        monkeypatch.setenv("DRACHTIO_SECRET", SECRET)
-        monkeypatch.setenv("API_KEY", FLEET_KEY)
-        settings.cache_clear()
-        nobody_registers()
-        yield standin
+        where = {"DRACHTIO_HOST": "127.0.0.1", "DRACHTIO_PORT": str(standin.port), "DRACHTIO_SECRET": SECRET}
+        with nearby(monkeypatch, API_KEY=FLEET_KEY, **where):
+            yield standin
         assert standin.violations() == []
         assert standin.routes() == [], "a worker would swallow calls"
-    nobody_registers()
-    monkeypatch.undo()
-    settings.cache_clear()
 
 
 def test_a_call_to_what_drachtio_bound_names_its_account_tenant_and_target(

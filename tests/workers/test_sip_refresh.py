@@ -21,7 +21,7 @@ from providers.sip import Kind, Outcome
 from sandbox.sip_thread import SipThread
 from tests.factories import a_tenant, superuser
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_registering_worker, an_account, nobody_registers, until
+from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_registering_worker, an_account, nearby, until
 from workers._registrar import _MOST_OF_A_PLACE, Held, Registrar
 from workers._sip_attempt import Result
 from workers.sip_refresh import note_lapses, ring_registrar, ring_registrations, sip_refresh
@@ -31,13 +31,8 @@ _numbers = itertools.count(5511_9000_0001)
 
 @pytest.fixture(autouse=True)
 def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
-    settings.cache_clear()
-    nobody_registers()
-    yield
-    nobody_registers()
-    monkeypatch.undo()
-    settings.cache_clear()
+    with nearby(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pombal import db
 from pombal.settings import settings
 from sandbox.sip_thread import SipThread
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import PASSWORD, Account, a_registering_worker, an_account, nobody_registers, until
+from tests.sip.accounts import PASSWORD, Account, a_registering_worker, an_account, nearby, until
 
 KEY = "the-key-of-the-backend"
 
@@ -47,15 +47,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     running = Backend()
     thread = threading.Thread(target=running.server.serve_forever, args=(0.05,))
     thread.start()
-    monkeypatch.setenv("SIP_ALLOWED_NETWORKS", "127.0.0.0/8")
-    monkeypatch.setenv("SIP_BACKEND_URL", running.url + "/")
-    monkeypatch.setenv("SIP_BACKEND_KEY", KEY)
-    settings.cache_clear()
-    nobody_registers()
-    yield running
-    nobody_registers()
-    monkeypatch.undo()
-    settings.cache_clear()
+    with nearby(monkeypatch, SIP_BACKEND_URL=running.url + "/", SIP_BACKEND_KEY=KEY):
+        yield running
     running.server.shutdown()
     thread.join()
     running.server.server_close()
