@@ -110,6 +110,12 @@ class SessionError(Tenanted, Dated, Base):
         return list(s.scalars(_AFFECTED, given))
 
     @staticmethod
+    def read_until(s: Session, channel_id: UUID) -> datetime:
+        """What its gateway sent before then has been read: when the oldest of what waits arrived, else now."""
+        found: datetime = s.scalars(_READ_UNTIL, {"channel_id": channel_id}).one()
+        return found
+
+    @staticmethod
     def heard_since(
         s: Session, tenant_id: UUID, channel_id: UUID, since: datetime, after: datetime, *, grace: float, weak: bool
     ) -> RowMapping:
@@ -118,7 +124,9 @@ class SessionError(Tenanted, Dated, Base):
         - `errors`: unhealed ones that failed since then, of contacts of whom nothing was decrypted afterwards, and
           that are older than `grace` seconds; `fresh`: those that are not, and may still heal; `again`: those of
           `errors` of contacts who had some before. Lines that name no message count only with `weak`;
-        - `decrypted`: messages of the affected contacts; `traffic`: messages of anybody.
+        - `decrypted`: messages of the affected contacts; `traffic`: messages of anybody;
+        - `read_until`, as above: of what failed later nobody can tell yet whether it healed, so it is `fresh`. What
+          counts is when something arrived, not when somebody came to read it.
         """
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "since": since, "after": after}
         given |= {"grace": timedelta(seconds=grace), "with_weak": weak, "weak": WEAK}
@@ -250,10 +258,18 @@ _AFFECTED = text("""
     GROUP BY jid ORDER BY count(*) DESC, jid LIMIT :most
 """)
 
+_INBOX = """
+    SELECT coalesce((
+        SELECT received_at FROM delivery
+        WHERE state = 'pending' AND coalesce(app_id, channel_id) = :channel_id ORDER BY id LIMIT 1
+    ), clock_timestamp()) AS read_until
+"""
+_READ_UNTIL = text(_INBOX)
+
 # A contact may be known by a phone or a `@lid`; of a group it is the member who wrote. What came in is found by the
 # index of the traffic, hence the condition that looks longer than it need be.
 _HEARD = text(f"""
-    WITH incident AS (
+    WITH inbox AS ({_INBOX}), incident AS (
         SELECT *, coalesce(nullif(participant, ''), jid) AS contact FROM session_error
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at >= :since AND cause <> :weak
     ), people AS (
@@ -261,28 +277,33 @@ _HEARD = text(f"""
         JOIN contact_identity AS c ON c.tenant_id = :tenant_id AND c.channel_id = :channel_id
             AND c.value = split_part(i.contact, '@', 1)
             AND c.kind = CASE split_part(i.contact, '@', 2) WHEN 'lid' THEN 'lid' ELSE 'phone' END
-    ), arrived AS (
-        SELECT contact_id, created_at FROM message
+    ), read AS (
+        SELECT contact_id,
+            coalesce((SELECT received_at FROM delivery AS d WHERE d.id = m.delivery_id), created_at) AS at
+        FROM message AS m
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND ({TRAFFIC}) AND {TRAFFIC_AT} > :after
             AND direction = 'in'
+    ), arrived AS (
+        SELECT contact_id, at FROM read WHERE at > :after
     ), heard AS (
-        SELECT p.contact, count(*) AS n, max(a.created_at) AS last_at
+        SELECT p.contact, count(*) AS n, max(a.at) AS last_at
         FROM people AS p JOIN arrived AS a USING (contact_id) GROUP BY p.contact
     ), failed AS (
-        SELECT DISTINCT ON (e.message_id) e.at <= clock_timestamp() - CAST(:grace AS interval) AS is_settled,
+        SELECT DISTINCT ON (e.message_id)
+            e.at <= (SELECT read_until FROM inbox) - CAST(:grace AS interval) AS is_settled,
             EXISTS (
                 SELECT FROM incident AS i
                 WHERE i.contact = coalesce(nullif(e.participant, ''), e.jid) AND i.at <= :after
             ) AS is_again
         FROM session_error AS e LEFT JOIN heard AS h ON h.contact = coalesce(nullif(e.participant, ''), e.jid)
         WHERE e.tenant_id = :tenant_id AND e.channel_id = :channel_id AND e.healed_at IS NULL AND e.at > :after
-            AND (e.cause <> :weak OR :with_weak) AND (h.last_at IS NULL OR h.last_at < e.at)
+            AND (e.cause <> :weak OR :with_weak) AND (h.last_at IS NULL OR h.last_at < e.at) AND NOT {_ARRIVED}
         ORDER BY e.message_id, e.at
     )
     SELECT (SELECT count(*) FROM arrived) AS traffic,
         (SELECT coalesce(sum(n), 0) FROM heard)::bigint AS decrypted,
         count(*) FILTER (WHERE is_settled) AS errors, count(*) FILTER (WHERE NOT is_settled) AS fresh,
-        count(*) FILTER (WHERE is_settled AND is_again) AS again
+        count(*) FILTER (WHERE is_settled AND is_again) AS again, (SELECT read_until FROM inbox) AS read_until
     FROM failed
 """)
 

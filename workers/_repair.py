@@ -38,6 +38,7 @@ _OBSERVED = 120.0  # seconds
 _LONGEST_WATCH = 86_400.0  # without any message at all
 _PROVEN = 3  # messages of affected contacts, without an error: no need to wait any longer
 _LOOK_AGAIN = 2.0
+_BEHIND = 30.0  # seconds that an inbox may always be behind
 _RETRIES_TAKE = 30.0  # seconds in which a message may still arrive (baileys-sessions.md §3)
 _MOST_REFUSALS = 3
 _MOST_BOUNCES = 3
@@ -121,6 +122,10 @@ class Turn:
             return self._to_a_person(self.row["says"] or "no step is left")
         if held := self._held():
             return self._later(held, 60.0, is_failure=False)
+        if self.row["wanted_step"] is None and self.patient.read_until() < self.row["phase_at"]:
+            # The end that no step cures, or the messages that arrived after all, may be in it.
+            wait = min(_LOOK_AGAIN, self._glance())
+            return self._later("waits until what came in before is read", wait, is_failure=False)
         return self.patient.ask(self._cause if self.step == Step.CAUSE else self._may_act)
 
     def _held(self) -> str | None:
@@ -333,10 +338,12 @@ class Turn:
         """Judge by what arrives: errors, and messages that could be decrypted."""
         if self.step in ACTS and (back := self.patient.ask(self._is_closed_again)):
             return back
-        age, observed = self._age(self.row["phase_at"]), self._observed()
-        tally, most = self.patient.tally(), settings().threshold_errors
+        observed, most = self._observed(), settings().threshold_errors
+        tally = self.patient.tally()
         is_weak = tally.strong <= most < tally.at_once
         heard = self.patient.heard(self.row["phase_at"], grace=min(_RETRIES_TAKE, observed / 2), weak=is_weak)
+        # What nobody has read yet may be the proof: it counts for how long was looked on, not how long was waited.
+        age = (heard["read_until"] - self.row["phase_at"]).total_seconds()
         if self.step == Step.OBSERVE:
             return self._observing(tally, heard, age >= observed)
         if not heard["again"] and heard["errors"] <= most and not heard["fresh"]:
@@ -347,7 +354,9 @@ class Turn:
         if age >= observed and has_failed:
             return self._ended_with("failed", f"{heard['errors']} more messages could not be decrypted")
         if age < observed or heard["fresh"] or heard["errors"]:
-            return Next({"says": f"watches what came of {self.step}"}, self._glance())
+            is_behind = self._age(heard["read_until"]) > _BEHIND
+            why = ": what came in since is not read yet, the inbox is behind" if is_behind else ""
+            return Next({"says": f"watches what came of {self.step}{why}"}, self._glance())
         if age > _LONGEST_WATCH:
             return self._closed(RepairOutcome.UNPROVEN, "nobody has written since")
         return Next({"says": f"nobody has written since {self.step}: nothing tells whether it helped"}, observed)
@@ -402,7 +411,7 @@ class Turn:
         after = max(self.row["phase_at"], self._now() - timedelta(seconds=max(observed, _LOOK_WAITING)))
         heard = self.patient.heard(after, grace=0.0, weak=True)
         has_named = any(cause != Cause.WEAK for cause in self.row["evidence"].get("causes", {}))
-        if heard["errors"] or not (heard["decrypted"] if has_named else heard["traffic"]):
+        if heard["errors"] or heard["fresh"] or not (heard["decrypted"] if has_named else heard["traffic"]):
             return None
         return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from models.repair import Step
 from pombal import db
 from pombal.cli.baileys import BaileysConfig
 from pombal.cli.gateways import add_baileys_channel
+from pombal.ids import uuid7
 from pombal.settings import settings
 from sandbox import client
 from tests.factories import a_tenant, superuser
@@ -126,6 +128,35 @@ def arrive(channel: Channel, contacts: int = 4) -> None:
                 connection.execute(order, given)
 
 
+@contextmanager
+def an_inbox_that_is_behind(channel: Channel, seconds: float) -> Iterator[None]:
+    """Something that this session's gateway sent so long ago waits to be read meanwhile."""
+    id_ = uuid7()
+    with superuser() as connection:
+        connection.execute(
+            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
+            " VALUES (%s, 'baileys', %s, 'r', '', now() - make_interval(secs => %s))",
+            [id_, channel.id, seconds],
+        )
+    yield
+    with superuser() as connection:
+        connection.execute("UPDATE delivery SET state = 'done' WHERE id = %s", [id_])
+
+
+def arrive_late(channel: Channel, contacts: int = 4) -> None:
+    """As `arrive`, but their messages had waited to be read since a minute ago."""
+    with superuser() as connection:
+        known = connection.execute("SELECT id FROM message WHERE channel_id = %s", [channel.id]).fetchall()
+    arrive(channel, contacts)
+    with superuser() as connection:
+        connection.execute(
+            "WITH late AS (UPDATE message SET delivery_id = id WHERE channel_id = %s AND id <> ALL(%s) RETURNING id)"
+            " INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at, state)"
+            " SELECT id, 'baileys', %s, 'r', '', now() - interval '1 minute', 'done' FROM late",
+            [channel.id, [id_ for (id_,) in known], channel.id],
+        )
+
+
 def incident(channel: Channel) -> dict[str, Any]:
     """The newest one, with the steps that were acts in `acts`."""
     with superuser() as connection:
@@ -154,6 +185,13 @@ def go_on(channel: Channel) -> None:
 def go_on_and_see(channel: Channel) -> str:
     go_on(channel)
     return str(incident(channel)["says"])
+
+
+def go_on_for_long(channel: Channel) -> None:
+    """For five times as long as it observes."""
+    began = time.monotonic()
+    while time.monotonic() - began < 1:
+        go_on(channel)
 
 
 def falls_due(channel: Channel) -> None:
@@ -669,6 +707,77 @@ def test_one_error_of_a_stranger_does_not_condemn_a_step_that_helped(baileys: Ba
     told = walk(channel, state="closed")
 
     assert (told["outcome"], [step for step, _ in told["acts"]]) == ("repaired", ["restart"])
+
+
+def test_a_step_is_not_judged_before_what_came_in_since_is_read(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    with an_inbox_that_is_behind(channel, 0):
+        fail(channel)  # each of them once more, as after new keys; that they arrived is not read yet
+        go_on_for_long(channel)
+
+        assert (incident(channel)["step"], incident(channel)["phase"]) == ("restart", "watching")
+
+        arrive(channel, contacts=8)
+
+    told = walk(channel, state="closed")
+
+    assert (told["outcome"], [step for step, _ in told["acts"]]) == ("repaired", ["restart"])
+
+
+def test_no_step_is_begun_before_what_came_in_is_read(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, **with_keys(baileys))
+    with paused():
+        fail(channel)
+        walk(channel, step="cause", phase="planned")
+    with an_inbox_that_is_behind(channel, 60):
+        go_on_for_long(channel)
+
+        assert incident(channel)["step"] == "cause"
+        assert "is read" in incident(channel)["says"]
+
+        ended(channel, 440)  # which is what it said
+
+    assert "another process" in walk(channel, state="waiting")["says"]
+    assert done(baileys) == []
+
+
+def test_an_operator_reads_that_a_repair_waits_for_the_inbox(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+
+    with an_inbox_that_is_behind(channel, 40):
+        says = go_on_and_see(channel)
+
+    assert "the inbox is behind" in says
+    until(lambda: "nobody has written" in go_on_and_see(channel), "it is judged again")
+
+
+def test_what_arrived_before_a_step_and_was_read_after_it_is_no_proof(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    arrive_late(channel)
+
+    until(lambda: "nobody has written" in go_on_and_see(channel), "nothing of it is taken for a proof")
+
+    arrive(channel)
+    assert walk(channel, state="closed")["outcome"] == "repaired"
+
+
+def test_nothing_is_healed_by_itself_while_an_error_is_not_yet_settled(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    ended(channel, 440)
+    walk(channel, state="waiting")
+    with an_inbox_that_is_behind(channel, 0):
+        arrive(channel)
+        fail(channel)
+        go_on_for_long(channel)
+
+    assert incident(channel)["state"] == "waiting"
 
 
 def test_a_restart_whose_answer_is_lost_is_made_once(baileys: Baileys, tenant: Tenant) -> None:
