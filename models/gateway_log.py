@@ -19,3 +19,5 @@ class LogPosition(Base):
     head: Mapped[bytes]
     offset: Mapped[int] = mapped_column(BigInteger)
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    # By the database's clock: what the log said before then has been read. It moves on while the log is silent.
+    read_until: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -104,6 +104,8 @@ class Repair(Tenanted, Dated, Base):
     phase: Mapped[str] = mapped_column(server_default=Phase.PLANNED)
     phase_at: Mapped[datetime] = mapped_column(server_default=func.now())
     step_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    # What arrived since then tells what came of this step: its socket was opened, or it was done by the gateway.
+    judged_from: Mapped[datetime | None]
     failures: Mapped[int] = mapped_column(server_default=text("0"))  # of this phase, in a row
     says: Mapped[str | None]  # why it waits, for whoever looks
     # What this step works on: keys to drop or contacts to refresh. They hold phone numbers: dropped with the step.

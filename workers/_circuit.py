@@ -6,11 +6,20 @@ One per process, without a word to the others: each of them probes twice a minut
 
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 from uuid import UUID
+
+from pombal import log
+from providers.instance import InstanceFault
+
+_log = log.get()
+T = TypeVar("T")
 
 FILES = 5  # that failed in a row, before the host is left alone; one bad file is not the host's trouble
 PAUSE = 30.0  # seconds between two probes
 _MOST_HOSTS = 1_000  # whose failures are counted
+_OF_THE_HOST = ("timeout", "unreachable")  # faults that take threads; whatever else it says, it answers
 
 
 class Circuit:
@@ -52,3 +61,19 @@ class Circuit:
                 return False
             self._probe_at[host] = time.monotonic() + self._pause
             return True
+
+    async def reach(self, host: str, channel: UUID, what: Callable[[], Awaitable[T]]) -> T:
+        """Ask this gateway something about a channel, unless it is left alone: then `InstanceFault` says so."""
+        if not self.allows(host):
+            text = "its gateway did not answer several times in a row"
+            raise InstanceFault("paused", text, is_transient=True, wait=PAUSE)
+        try:
+            found = await what()
+        except InstanceFault as fault:
+            if fault.code not in _OF_THE_HOST:
+                self.answered(host)
+            elif self.failed(host, channel):
+                _log.error("gateway_paused", code=fault.code)
+            raise
+        self.answered(host)
+        return found

@@ -13,13 +13,16 @@ from models import Repair, SessionEnd, SessionError
 from models.repair import Step
 from models.session_error import Tally
 from pombal import db
+from pombal.errors import Rejected
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers import authstore
 from providers.authstore import Store
+from providers.baileys_dialects import normal_base
 from providers.gateway import Gateway
 from providers.http import Clients
 from workers import _ladder
+from workers._circuit import Circuit
 from workers._ladder import Means
 
 T = TypeVar("T")
@@ -47,7 +50,9 @@ class Patient:
         async def call() -> T:
             clients = Clients(1)
             try:
-                return await what(providers.gateway_of(self.row["kind"], clients, self.row["config"], self._secrets()))
+                gateway = providers.gateway_of(self.row["kind"], clients, self.row["config"], self._secrets())
+                # A gateway that hangs must not take the threads of other gateways' sessions, which may be closed.
+                return await circuit.reach(gateway.host, self.channel_id, lambda: what(gateway))
             finally:
                 await clients.close()
 
@@ -135,4 +140,11 @@ def hopeless(tenant_id: UUID, channel_id: UUID, *, is_open: bool) -> str | None:
 
 def host_of(config: dict[str, Any]) -> str:
     """Which gateway a channel's session is at: what one session of it did may be expected of the others."""
-    return str(config.get("host") or settings().backend_url).rstrip("/").lower()
+    given = str(config.get("host") or settings().backend_url)
+    try:
+        return normal_base(given).lower()
+    except Rejected:  # nothing can be asked there: `pombal doctor` says so
+        return given
+
+
+circuit = Circuit()

@@ -50,7 +50,13 @@ _STOPS_WITHIN = 60.0
 _STARTS_WITHIN = 60.0
 _START_AGAIN = 5  # looks, ever longer apart: about a minute
 _LOOK_WAITING = 600.0
+_QUIET = 3600.0  # without an error of anybody, and with messages: nothing is left to wait for
+_STORE_HELD = 180.0  # longer than any claim, and than any call of a store
+_LATE_STOP = 300.0  # seconds in which a stop of ours may close a socket yet
 _LONGEST_WAIT = 300.0
+
+
+_CLOSED_BY_OTHERS = "the session is closed, and not by a repair: `pombal channel restart` opens it, if it should be"
 
 
 class Next(NamedTuple):
@@ -122,7 +128,8 @@ class Turn:
             return self._to_a_person(self.row["says"] or "no step is left")
         if held := self._held():
             return self._later(held, 60.0, is_failure=False)
-        if self.row["wanted_step"] is None and self.patient.read_until() < self.row["phase_at"]:
+        lately = self._now() - timedelta(seconds=_BEHIND)  # it may have waited here for long
+        if self.row["wanted_step"] is None and self.patient.read_until() < max(self.row["phase_at"], lately):
             # The end that no step cures, or the messages that arrived after all, may be in it.
             wait = min(_LOOK_AGAIN, self._glance())
             return self._later("waits until what came in before is read", wait, is_failure=False)
@@ -165,7 +172,7 @@ class Turn:
         if seen.state == "qr":
             return "the session asks for a QR code: pair it again"
         if seen.state == "closed":
-            return "the session is closed, and not by a repair: `pombal channel restart` opens it, if it should be"
+            return _CLOSED_BY_OTHERS
         return None
 
     async def _may_act(self, gateway: Gateway) -> Next:
@@ -199,7 +206,12 @@ class Turn:
         known = self._known_store()
         if known is not None and self.step != Step.RESTORE_CREDS and known.creds_are_broken():
             # It lives by what it has in memory: whoever closes its socket now loses the pairing.
-            if self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None and known.plan_restore() is not None:
+            is_weak = self.patient.tally().strong <= settings().threshold_errors and not self.row["is_by_hand"]
+            if (
+                not is_weak
+                and self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None
+                and known.plan_restore() is not None
+            ):
                 why = "its stored credentials are broken"
                 return self._to(Step.RESTORE_CREDS, why, evidence={**self.row["evidence"], "why": why})
             return self._to_a_person("its stored credentials are broken: closing its socket would end the pairing")
@@ -273,7 +285,8 @@ class Turn:
             else:
                 details = {"dropped": store.drop(names, backup), "planned": len(names)}
         except StoreFault as fault:
-            if fault.code == "busy":  # somebody whose claim ran out is at it still: nothing may be started meanwhile
+            # Somebody whose claim ran out is at it still: nothing may be started meanwhile. But not for ever.
+            if fault.code == "busy" and self._age(self.row["phase_at"]) < _STORE_HELD:
                 return self._later("waits for the store of its keys")
             _log.error("repair_store_failed", **self._names(), code=fault.code)
             return Next(self._in(Phase.STARTING) | self._told(trouble=fault.code), 0.0)
@@ -336,12 +349,20 @@ class Turn:
 
     def _watching(self) -> Next:
         """Judge by what arrives: errors, and messages that could be decrypted."""
-        if self.step in ACTS and (back := self.patient.ask(self._is_closed_again)):
-            return back
+        try:
+            if self.step in ACTS and (back := self.patient.ask(self._is_closed_again)):
+                return back
+        except InstanceFault as fault:  # what arrives tells more than it could
+            _log.debug("repair_look_failed", **self._names(), code=fault.code)
+        if trouble := self._trouble():
+            if trouble == "not_stopped" and self._may_close_yet():
+                return Next({"says": "its socket was not closed in time, and may be yet"}, self._glance())
+            return self._ended_with("failed", f"it could not be made ({trouble})")  # whatever arrives is not its doing
         observed, most = self._observed(), settings().threshold_errors
         tally = self.patient.tally()
         is_weak = tally.strong <= most < tally.at_once
-        heard = self.patient.heard(self.row["phase_at"], grace=min(_RETRIES_TAKE, observed / 2), weak=is_weak)
+        after = self.row["judged_from"] or self.row["phase_at"]
+        heard = self.patient.heard(after, grace=min(_RETRIES_TAKE, observed / 2), weak=is_weak)
         # What nobody has read yet may be the proof: it counts for how long was looked on, not how long was waited.
         age = (heard["read_until"] - self.row["phase_at"]).total_seconds()
         if self.step == Step.OBSERVE:
@@ -354,9 +375,7 @@ class Turn:
         if age >= observed and has_failed:
             return self._ended_with("failed", f"{heard['errors']} more messages could not be decrypted")
         if age < observed or heard["fresh"] or heard["errors"]:
-            is_behind = self._age(heard["read_until"]) > _BEHIND
-            why = ": what came in since is not read yet, the inbox is behind" if is_behind else ""
-            return Next({"says": f"watches what came of {self.step}{why}"}, self._glance())
+            return self._goes_on(f"watches what came of {self.step}", heard)
         if age > _LONGEST_WATCH:
             return self._closed(RepairOutcome.UNPROVEN, "nobody has written since")
         return Next({"says": f"nobody has written since {self.step}: nothing tells whether it helped"}, observed)
@@ -365,31 +384,48 @@ class Turn:
         if tally.at_once <= settings().threshold_errors:
             return self._closed(RepairOutcome.HEALED, "the messages arrived after all")
         if not is_long_enough or (heard["fresh"] and not heard["errors"]):
-            return Next({"says": "observes whether it heals by itself"}, self._glance())
+            return self._goes_on("observes whether it heals by itself", heard)
         if not heard["errors"] and heard["decrypted"]:
             return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
         if not heard["errors"] and tally.strong <= settings().threshold_errors:
             return self._closed(RepairOutcome.UNPROVEN, "no more lines of a log, and too few messages were named")
         return self._to(Step.CAUSE, "it did not heal by itself", ended="not_healed")
 
+    def _goes_on(self, says: str, heard: RowMapping) -> Next:
+        is_behind = self._age(heard["read_until"]) > _BEHIND
+        why = ": what came in since is not read yet, the inbox is behind" if is_behind else ""
+        return Next({"says": says + why}, self._glance())
+
     async def _is_closed_again(self, gateway: Gateway) -> Next | None:
-        """A stop may come late: a session is never left without its socket by us. But what a person closes, or what
-        ends again and again, is theirs."""
-        try:
-            seen = await gateway.look()
-        except InstanceFault as fault:
-            _log.debug("repair_look_failed", **self._names(), code=fault.code)
+        """A stop of ours may come late: a session is never left without its socket by us, paused or not. But what a
+        person closes, or what ends again and again, is theirs."""
+        seen = await gateway.look()
+        if seen.state not in ("qr", "closed") or self.row["has_wish"]:
             return None
+        # A refresh by the gateway has closed nothing.
+        by_us = "refreshed" not in self.row["steps"][-1]["details"]
+        is_ours = by_us and self._may_close_yet()
+        hopeless = self.patient.hopeless(is_open=False)
         if seen.state == "qr":
-            return self._to_a_person("the session asks for a QR code: pair it again")
-        if seen.state != "closed" or self._held():
-            return None
-        if hopeless := self.patient.hopeless(is_open=False):
+            asked = is_ours and not hopeless and not self._has_bounced()
+            return self._to_a_person(hopeless or "the session asks for a QR code: pair it again", asked_for_qr=asked)
+        if hopeless:
             return self._to_a_person(hopeless)
+        if not is_ours:
+            return self._to_a_person(_CLOSED_BY_OTHERS)
         bounces = int(self.row["steps"][-1]["details"].get("reopened", 0)) + 1
         if bounces > _MOST_BOUNCES:
             return self._to_a_person("its socket is closed again and again")
         return Next(self._in(Phase.STARTING) | self._told(reopened=bounces), 0.0)
+
+    def _may_close_yet(self) -> bool:
+        """By a stop of ours that comes late."""
+        return self._age(self.row["judged_from"] or self.row["phase_at"]) < _LATE_STOP
+
+    def _trouble(self) -> str | None:
+        """Why what this step is for could not be done."""
+        found: str | None = self.row["steps"][-1]["details"].get("trouble") if self.step in ACTS else None
+        return found
 
     def _has_bounced(self) -> bool:
         return bool(self.row["steps"]) and "reopened" in self.row["steps"][-1]["details"]
@@ -403,17 +439,30 @@ class Turn:
         return self._closed(RepairOutcome.REPAIRED, why)
 
     def _is_over(self) -> Next | None:
-        """Whether it healed while it waited for something, or for a person: no more errors lately, and messages."""
+        """Whether it healed while it waited for something, or for a person: no more errors lately, and messages of
+        those who had some; after a long time, messages of anybody."""
         age, observed = self._age(self.row["phase_at"]), self._observed()
         is_begun_by_hand = self.row["is_by_hand"] and self.row["state"] == RepairState.OPEN
         if is_begun_by_hand or age < observed:
             return None
         after = max(self.row["phase_at"], self._now() - timedelta(seconds=max(observed, _LOOK_WAITING)))
         heard = self.patient.heard(after, grace=0.0, weak=True)
-        has_named = any(cause != Cause.WEAK for cause in self.row["evidence"].get("causes", {}))
-        if heard["errors"] or heard["fresh"] or not (heard["decrypted"] if has_named else heard["traffic"]):
+        if heard["errors"] or heard["fresh"]:
             return None
-        return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
+        has_named = any(cause != Cause.WEAK for cause in self.row["evidence"].get("causes", {}))
+        if heard["decrypted"] if has_named else heard["traffic"]:
+            return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
+        if self.row["state"] == RepairState.WAITING and age > _QUIET and self._is_quiet():
+            return self._closed(
+                RepairOutcome.HEALED, "messages of others can be decrypted, and nothing failed for long"
+            )
+        return None
+
+    def _is_quiet(self) -> bool:
+        """Those who had errors may never write again: then a new storm could not open an incident, for ever."""
+        heard = self.patient.heard(self._now() - timedelta(seconds=_QUIET), grace=0.0, weak=True)
+        is_well = heard["traffic"] and not heard["errors"] and not heard["fresh"]
+        return bool(is_well) and not self.patient.hopeless(is_open=True)
 
     def _waits(self) -> Next:
         """For a person; over when messages can be decrypted again, by whatever they did."""
@@ -502,7 +551,13 @@ class Turn:
         return Next({"says": says, "failures": failures}, wait)
 
     def _in(self, phase: Phase) -> dict[str, Any]:
-        return {"phase": phase, "phase_at": self._now(), "failures": 0}
+        now = self._now()
+        changes: dict[str, Any] = {"phase": phase, "phase_at": now, "failures": 0}
+        if phase == Phase.PLANNED:
+            changes["judged_from"] = None
+        elif phase in (Phase.STARTING, Phase.WATCHING) and self.row["judged_from"] is None:
+            changes["judged_from"] = now
+        return changes
 
     def _told(self, **details: Any) -> dict[str, Any]:
         """Something about the present step, for whoever reads the history."""

@@ -29,7 +29,7 @@ from providers.http import Clients
 from providers.instance import Instance, InstanceFault, Picture, Standing
 from providers.stub import PAUSES, new_picture
 from workers._checks import check
-from workers._circuit import PAUSE, Circuit
+from workers._circuit import Circuit
 from workers._standing import tell, write
 
 _log = log.get()
@@ -46,7 +46,6 @@ _MOST_STEPS = 20  # of one job
 _MOST_RUNS = 4  # of a transaction that meets others in a deadlock
 _MOST_RUNG = 500  # in one round of the sweep
 _ENOUGH_JOBS = 1_000
-_OF_THE_HOST = ("timeout", "unreachable")  # faults that take threads; whatever else it says, it answers
 # Of a logout that may come to the same as one: some gateways refuse it where nobody is logged in.
 _REFUSALS = ("rejected", "provider_error", "unreadable")
 
@@ -202,31 +201,17 @@ class Turn:
         try:
             secrets = unseal(row["channel_id"], row["sealed"]) if row["sealed"] else {}
             instance = providers.instance(row["kind"], clients, row["config"], secrets)
-            return await self._reached(instance)
+            return await circuit.reach(instance.host, self.row["channel_id"], lambda: self._in_time(instance))
         finally:
             await clients.close()
 
-    async def _reached(self, instance: Instance) -> Step:
-        """Unless its host is left alone: a step would take a thread for as long as a host does not answer."""
-        if not circuit.allows(instance.host):
-            text = "its gateway did not answer several times in a row"
-            raise InstanceFault("paused", text, is_transient=True, wait=PAUSE)
+    async def _in_time(self, instance: Instance) -> Step:
         try:
             async with asyncio.timeout(_LONGEST_STEP):
                 ends = self.row["wish"] == SessionWish.STOP
-                step = await (self._ended(instance) if ends else self._connected(instance))
+                return await (self._ended(instance) if ends else self._connected(instance))
         except TimeoutError:
-            fault = InstanceFault("timeout", "the gateway did not answer in time", is_transient=True)
-        except InstanceFault as error:
-            fault = error
-        else:
-            circuit.answered(instance.host)
-            return step
-        if fault.code not in _OF_THE_HOST:
-            circuit.answered(instance.host)
-        elif circuit.failed(instance.host, self.row["channel_id"]):
-            _log.error("session_host_paused", provider=self.row["kind"], code=fault.code)
-        raise fault
+            raise InstanceFault("timeout", "the gateway did not answer in time", is_transient=True) from None
 
     async def _connected(self, instance: Instance) -> Step:
         seen = await self._status(instance)
