@@ -12,6 +12,7 @@ from uuid import UUID
 from sqlalchemy import Index, RowMapping, func, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from models import gateway_log
 from models.base import Base, Dated, Tenanted, belongs_to, given_rows, rows
 from models.message import TRAFFIC, TRAFFIC_AT
 
@@ -56,6 +57,7 @@ class SessionError(Tenanted, Dated, Base):
     participant: Mapped[str] = mapped_column(server_default="")
     cause: Mapped[str]
     source: Mapped[str]  # `webhook` or `log`
+    log: Mapped[str | None]  # … and which: a `LogPosition`
     at: Mapped[datetime]
     last_at: Mapped[datetime]
     times: Mapped[int] = mapped_column(server_default=text("1"))
@@ -63,8 +65,9 @@ class SessionError(Tenanted, Dated, Base):
 
     @staticmethod
     def record(s: Session, given: Iterable[dict[str, Any]]) -> list[RowMapping]:
-        """Write them down: rows of `tenant_id, channel_id, jid, message_id, participant, cause, source, at`. Returns
-        those that were new, with these columns. What failed more than a day ago is left out, the future is now."""
+        """Write them down: rows of `tenant_id, channel_id, jid, message_id, participant, cause, source, at`, and
+        `log`, if one told of them. Returns those that were new, with these columns. What failed more than a day ago is
+        left out, the future is now."""
         wanted: dict[tuple[str, ...], dict[str, Any]] = {}
         for one in given:
             key = (str(one["tenant_id"]), str(one["channel_id"]), one["jid"], one["message_id"])
@@ -76,10 +79,11 @@ class SessionError(Tenanted, Dated, Base):
         return [row for row in found if row["times"] == 1]
 
     @staticmethod
-    def weak(s: Session, tenant_id: UUID, channel_id: UUID, at: datetime) -> list[RowMapping]:
+    def weak(s: Session, tenant_id: UUID, channel_id: UUID, at: datetime, log: str | None = None) -> list[RowMapping]:
         """Evidence from a log that names no message: one per second is kept."""
         names = {"jid": "", "message_id": f"weak:{int(at.timestamp())}", "participant": ""}
         row = {"tenant_id": tenant_id, "channel_id": channel_id, **names, "cause": WEAK, "source": "log", "at": at}
+        row["log"] = log
         return SessionError.record(s, [row])
 
     @staticmethod
@@ -110,9 +114,10 @@ class SessionError(Tenanted, Dated, Base):
         return list(s.scalars(_AFFECTED, given))
 
     @staticmethod
-    def read_until(s: Session, channel_id: UUID) -> datetime:
-        """What its gateway sent before then has been read: when the oldest of what waits arrived, else now."""
-        found: datetime = s.scalars(_READ_UNTIL, {"channel_id": channel_id}).one()
+    def read_until(s: Session, tenant_id: UUID, channel_id: UUID) -> datetime:
+        """What its gateway told before then has been read: when the oldest of what waits in the inbox arrived, else
+        now; not later than logs have been read that told of its errors within the last day."""
+        found: datetime = s.scalars(_READ_UNTIL, {"tenant_id": tenant_id, "channel_id": channel_id}).one()
         return found
 
     @staticmethod
@@ -181,8 +186,8 @@ class SessionLook(Tenanted, Base):
 
 _RECORD = text(f"""
     INSERT INTO session_error AS e
-        (tenant_id, channel_id, jid, message_id, participant, cause, source, at, last_at)
-    SELECT tenant_id, channel_id, jid, message_id, coalesce(participant, ''), cause, source,
+        (tenant_id, channel_id, jid, message_id, participant, cause, source, log, at, last_at)
+    SELECT tenant_id, channel_id, jid, message_id, coalesce(participant, ''), cause, source, log,
         least(at, now()), least(at, now())
     FROM {
     rows(
@@ -193,6 +198,7 @@ _RECORD = text(f"""
         participant="text",
         cause="text",
         source="text",
+        log="text",
         at="timestamptz",
     )
 }
@@ -258,18 +264,18 @@ _AFFECTED = text("""
     GROUP BY jid ORDER BY count(*) DESC, jid LIMIT :most
 """)
 
-_INBOX = """
-    SELECT coalesce((
+_READ = f"""
+    SELECT least(coalesce((
         SELECT received_at FROM delivery
         WHERE state = 'pending' AND coalesce(app_id, channel_id) = :channel_id ORDER BY id LIMIT 1
-    ), clock_timestamp()) AS read_until
+    ), clock_timestamp()), ({gateway_log.READ_UNTIL})) AS read_until
 """
-_READ_UNTIL = text(_INBOX)
+_READ_UNTIL = text(_READ)
 
 # A contact may be known by a phone or a `@lid`; of a group it is the member who wrote. What came in is found by the
 # index of the traffic, hence the condition that looks longer than it need be.
 _HEARD = text(f"""
-    WITH inbox AS ({_INBOX}), incident AS (
+    WITH read_now AS ({_READ}), incident AS (
         SELECT *, coalesce(nullif(participant, ''), jid) AS contact FROM session_error
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at >= :since AND cause <> :weak
     ), people AS (
@@ -290,7 +296,7 @@ _HEARD = text(f"""
         FROM people AS p JOIN arrived AS a USING (contact_id) GROUP BY p.contact
     ), failed AS (
         SELECT DISTINCT ON (e.message_id)
-            e.at <= (SELECT read_until FROM inbox) - CAST(:grace AS interval) AS is_settled,
+            e.at <= (SELECT read_until FROM read_now) - CAST(:grace AS interval) AS is_settled,
             EXISTS (
                 SELECT FROM incident AS i
                 WHERE i.contact = coalesce(nullif(e.participant, ''), e.jid) AND i.at <= :after
@@ -303,7 +309,7 @@ _HEARD = text(f"""
     SELECT (SELECT count(*) FROM arrived) AS traffic,
         (SELECT coalesce(sum(n), 0) FROM heard)::bigint AS decrypted,
         count(*) FILTER (WHERE is_settled) AS errors, count(*) FILTER (WHERE NOT is_settled) AS fresh,
-        count(*) FILTER (WHERE is_settled AND is_again) AS again, (SELECT read_until FROM inbox) AS read_until
+        count(*) FILTER (WHERE is_settled AND is_again) AS again, (SELECT read_until FROM read_now) AS read_until
     FROM failed
 """)
 

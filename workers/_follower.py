@@ -12,18 +12,19 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from models import Channel, ChannelKind, Tenant
-from models.gateway_log import LogPosition
+from models.gateway_log import LogPosition, Sign
 from models.session_error import SessionError
 from pombal import db, log, metrics
 from pombal.errors import PombalError, Rejected
@@ -45,6 +46,8 @@ _LONGEST_PAUSE = 5.0
 _PROGRESS_SECONDS = 5.0
 _UNKNOWN = 1_000  # values that are remembered as told
 _LAPSE = 5.0  # seconds without a look after which what has come is no news
+_SIGN_SECONDS = 5.0  # until it is said again how far logs were read
+_SIGN_NEWS_SECONDS = 1.0  # … where one has just been caught up with
 _LONG_AGO = timedelta(days=2)  # when what a log held before anybody followed it may have been written
 _GONE_SECONDS = 300.0  # for which a deleted log of a pattern is held
 _GONE = 64  # logs that were let go, and are remembered
@@ -169,18 +172,34 @@ def _veiled(session: str | None) -> str | None:
     return f"name:{blake2b(session.encode('utf-8', 'replace'), digest_size=3).hexdigest()}"
 
 
+def key_of(wanted: Wanted, path: Path | str) -> str:
+    """What a log's place is stored under; without a path, how that of all logs begins."""
+    whose = wanted.channel or wanted.attribute or ""
+    return LogPosition.key(wanted.name, whose, wanted.tenant or "", wanted.gateway or "", str(path))
+
+
 class Followed:
     """One log, and how far it is read."""
 
     def __init__(
-        self, path: Path, wanted: Wanted, targets: Targets, is_over: Callable[[], bool], *, is_new: bool = False
+        self,
+        path: Path,
+        wanted: Wanted,
+        targets: Targets,
+        is_over: Callable[[], bool],
+        *,
+        is_followed: Callable[[Path], bool] = lambda path: False,
+        is_new: bool = False,
     ) -> None:
         self.path = path
-        self.tail = Tail(path)
+        self.tail = Tail(path, is_followed)
         self._wanted, self._targets, self._is_over = wanted, targets, is_over
-        what = wanted.channel or wanted.attribute or ""
-        self.key = "|".join([wanted.name, what, wanted.tenant or "", wanted.gateway or "", str(path)])
+        self.key = key_of(wanted, path)
         self._reader = LogReader()
+        # All that stood in the log at a moment is told; what is told up to a byte is all of another moment's.
+        self._all_told_at: float | None = None
+        self._ended: tuple[float, int] | None = None
+        self._is_signed = False
         self._told_until = 0
         self._stored: tuple[int, int] | None = None
         self._stored_byte, self._stored_at = 0, time.monotonic()
@@ -213,8 +232,12 @@ class Followed:
                 return False
         elif (lapse := time.monotonic() - self._looked_at) > _LAPSE:
             self._fell_behind(datetime.now(UTC) - timedelta(seconds=lapse))
+        looked_at = time.monotonic()
         data = self.tail.read(_CHUNK)
         self._looked_at = time.monotonic()
+        if self.tail.missed_since:
+            self._fell_behind(self.tail.missed_since)
+            self.tail.missed_since = None
         self._say_whether_missing()
         if self.tail.lost_at:
             _log.warning("log_lines_may_be_missing", path=str(self.path), why=self.tail.lost_at)
@@ -229,14 +252,38 @@ class Followed:
             self._is_settled = True
             found = self._reader.settle(now)
         self._note([one for one in found if one.byte >= self._told_until])
+        self._see_whether_all_is_told(looked_at)
         return bool(data)
+
+    def _see_whether_all_is_told(self, looked_at: float) -> None:
+        """The end of a log that is never silent is told a little later than it is reached."""
+        if self.tail.is_at_end and self._is_settled:
+            self._all_told_at, self._ended = looked_at, None
+        elif self._ended and self._reader.offset >= self._ended[1]:
+            self._all_told_at, self._ended = self._ended[0], None
+        elif self.tail.is_at_end and self._ended is None:
+            self._ended = looked_at, self.tail.end
+
+    @property
+    def has_come_to_its_end(self) -> bool:
+        """Whether it is read to its end for the first time since it was opened, and nobody was told."""
+        return self.tail.is_open and self._all_told_at is not None and not self._is_signed
+
+    def sign(self, now: datetime, at: float) -> Sign | None:
+        """How far it is read, if it is; `at` is the moment that the database calls `now`."""
+        if not self.tail.is_open or self._stored is None:
+            return None
+        told_at = self._all_told_at
+        self._is_signed = told_at is not None
+        return Sign(self.key, *self._stored, now - timedelta(seconds=at - told_at) if told_at is not None else None)
 
     def _open(self) -> bool:
         with db.session() as s:
             row = s.get(LogPosition, self.key)
             place = Place(row.inode, row.offset, row.head) if row else None
-            since = row.updated_at if row else datetime.now(UTC) - _LONG_AGO
+            since = min(row.read_until, row.updated_at) if row else datetime.now(UTC) - _LONG_AGO
         at_end = not (self._wanted.from_start or self._was_missing or self._is_new)
+        opened_at = time.monotonic()
         opened = self.tail.open(place, at_end=at_end, look_back=LOOK_BACK)
         if opened is None:
             self._say_whether_missing()
@@ -246,6 +293,8 @@ class Followed:
         if not (self._is_new or self._was_missing):
             self._fell_behind(since)
         self._is_new = False
+        self._ended, self._is_signed = None, False
+        self._all_told_at = opened_at if place is None and at_end else None
         self._stored = (place.inode, place.offset) if place else None
         self._stored_byte = -_QUIET_BYTES if place is None else self._told_until
         _log.info("log_followed", path=str(self.path), offset=self._told_until, bytes=self.tail.behind())
@@ -343,10 +392,15 @@ class Followed:
                 raise _Moved
             if row is None:
                 row = LogPosition(path=self.key)
+                if self._all_told_at is None:  # nobody knows yet since when something stands in it
+                    row.read_until = func.now() - _LONG_AGO
                 s.add(row)
-            row.inode, row.offset, row.head, row.updated_at = place.inode, place.offset, place.head, datetime.now(UTC)
+            row.inode, row.offset, row.head = place
+            row.updated_at = func.now()
             s.flush()
-            rung = (_carefully if is_careful else _written)(s, [(of, one) for of, one in mine if of is not None])
+            rung = (_carefully if is_careful else _written)(
+                s, self.key, [(of, one) for of, one in mine if of is not None]
+            )
         for target, one in mine:
             if target is None:
                 self._targets.unattributed(one)
@@ -360,8 +414,8 @@ class Followed:
             time.sleep(min(POLL_SECONDS, max(end - time.monotonic(), 0)))
 
 
-def _written(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
-    """Note findings in this transaction; returns the (tenant, channel) pairs with news."""
+def _written(s: Session, log_key: str, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
+    """Note this log's findings in this transaction; returns the (tenant, channel) pairs with news."""
     errors: list[dict[str, Any]] = []
     ends: list[dict[str, Any]] = []
     rung: set[tuple[UUID, UUID]] = set()
@@ -370,21 +424,21 @@ def _written(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[U
         if isinstance(one, Failure):
             if not one.is_benign:
                 names = {"jid": one.jid, "participant": one.participant, "message_id": one.message_id}
-                errors.append({**where, **names, "cause": str(one.cause)})
+                errors.append({**where, **names, "cause": str(one.cause), "log": log_key})
         elif isinstance(one, Ended):
             ends.append({**where, "code": one.code})
-        elif SessionError.weak(s, target.tenant_id, target.channel_id, one.at):
+        elif SessionError.weak(s, target.tenant_id, target.channel_id, one.at, log_key):
             rung.add((target.tenant_id, target.channel_id))
     return rung | take_note(s, errors, ends)
 
 
-def _carefully(s: Session, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
+def _carefully(s: Session, log_key: str, found: Iterable[tuple[Target, Finding]]) -> set[tuple[UUID, UUID]]:
     """The same one by one, without what the database refuses: no line of a log may keep the others from being told."""
     rung: set[tuple[UUID, UUID]] = set()
     for one in found:
         try:
             with s.begin_nested():
-                rung |= _written(s, [one])
+                rung |= _written(s, log_key, [one])
         except DataError:
             metrics.session_errors_unattributed.inc()
     return rung
@@ -399,6 +453,8 @@ class Follower:
         self._logs: dict[Path, Followed] = {}
         self._gone: deque[Tail] = deque(maxlen=_GONE)
         self._found_at = -1.0
+        self._signed_at = -_SIGN_SECONDS
+        self._deleted: list[str] = []  # keys of logs that were let go since then
         self._is_first = True
 
     def run(self) -> None:
@@ -431,7 +487,36 @@ class Follower:
             if self._is_over():
                 break
         metrics.log_lag.set(sum(followed.tail.behind() for followed in self._logs.values()))
+        is_news = any(followed.has_come_to_its_end for followed in self._logs.values())
+        if time.monotonic() - self._signed_at >= (_SIGN_NEWS_SECONDS if is_news else _SIGN_SECONDS):
+            self._sign()
         return is_busy
+
+    def _sign(self) -> None:
+        """Say how far logs are read, also where they are silent: a follower that is dead must not look like that."""
+        self._signed_at = time.monotonic()
+        try:
+            with db.session() as s:
+                now = s.scalars(select(func.now())).one()
+                at = time.monotonic()  # later than `now`: nothing is said to be read that is not
+                signs = [sign for followed in self._logs.values() if (sign := followed.sign(now, at))]
+                LogPosition.sign(s, signs)
+                LogPosition.let_go(s, [*self._deleted, *self._vanished(s)])
+        except Exception as error:
+            if not (db.is_store_trouble(error) or db.is_too_slow(error)):
+                raise
+            _log.warning("logs_not_signed", error=log.described(error))  # what was read stays so: it is said later
+        else:
+            self._deleted.clear()
+
+    def _vanished(self, s: Session) -> list[str]:
+        """The keys of a pattern's logs that were deleted while nobody followed. Where a pattern finds nothing at all,
+        its folder may be out of reach."""
+        patterns = [os.path.abspath(one) for one in self._patterns if glob.has_magic(one)]
+        alive = [one for one in patterns if any(fnmatchcase(str(path), one) for path in self._logs)]
+        known = LogPosition.to_follow(s, key_of(self._wanted, "")) if alive else []
+        missing = [one for one in known if Path(one.file) not in self._logs and not os.path.exists(one.file)]
+        return [one.path for one in missing if any(fnmatchcase(one.file, pattern) for pattern in alive)]
 
     def _find(self) -> None:
         """Logs that have come. A rotated file matches its pattern too, and is read already."""
@@ -446,7 +531,12 @@ class Follower:
                 if is_pattern and not self._is_first and self._is_read(path):
                     continue
                 self._logs[path] = Followed(
-                    path, self._wanted, self._targets, self._is_over, is_new=is_pattern and not self._is_first
+                    path,
+                    self._wanted,
+                    self._targets,
+                    self._is_over,
+                    is_followed=self._logs.__contains__,
+                    is_new=is_pattern and not self._is_first,
                 )
         if self._is_first and not self._logs:
             _log.warning("no_log_yet", patterns=len(self._patterns))
@@ -456,9 +546,10 @@ class Follower:
         """Deleted logs that a pattern has found: where containers come and go, there are ever more."""
         named = {Path(os.path.abspath(one)) for one in self._patterns if not glob.has_magic(one)}
         for path in [path for path, followed in self._logs.items() if path not in named and followed.is_gone()]:
-            tail = self._logs.pop(path).tail
-            tail.let_go()
-            self._gone.append(tail)
+            followed = self._logs.pop(path)
+            followed.tail.let_go()
+            self._gone.append(followed.tail)
+            self._deleted.append(followed.key)
             _log.info("log_let_go", path=str(path))
 
     def _is_read(self, path: Path) -> bool:

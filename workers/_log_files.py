@@ -7,10 +7,11 @@ past that place again.
 """
 
 import os
+import re
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -21,6 +22,9 @@ _EDGE = 512  # bytes of the beginning, and of what stands before the place, that
 _QUIET = 1.0  # seconds for which the old file must say nothing before we go on to the new one
 _PAST = 32  # files that are remembered after they were read
 _INODE = (1 << 63) - 1  # what the database's integers hold
+_NUMBERED = r"[.-]\d+(?:[-_.T:]\d+)*"  # behind the whole name: a number or a date, and a time
+_DATED = r"[-_.]+20\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:[-_.T:]+\d+)*"  # before the ending
+_SHIFTED = r"[-_.](\d{1,4})"  # … too
 
 
 class Place(NamedTuple):
@@ -45,10 +49,15 @@ class _Part:
 
 
 class Tail:
-    """Reads one path. `path` may come and go."""
+    """Reads one path. `path` may come and go. `is_followed`: whether somebody reads a file as a log of its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_followed: Callable[[Path], bool] = lambda path: False) -> None:
         self.path = path
+        self._is_followed = is_followed
+        stem, ending = os.path.splitext(path.name)
+        self._numbered = re.compile(re.escape(path.name) + _NUMBERED)
+        self._dated = re.compile(re.escape(stem) + _DATED + re.escape(ending))
+        self._shifted = re.compile(re.escape(stem) + _SHIFTED + re.escape(ending))
         self._parts: deque[_Part] = deque()
         self._next: deque[_Part] = deque()
         self._past: deque[Place] = deque(maxlen=_PAST)
@@ -57,6 +66,10 @@ class Tail:
         self.is_missing = False
         self.lost_at: str | None = None
         """Why lines may be missing since somebody last looked here."""
+        self.is_at_end = False
+        """Whether the last `read` came to the end of all there was when it began."""
+        self.missed_since: datetime | None = None
+        """Whole files came and went since somebody last looked here: what they say was written after this."""
 
     @property
     def is_open(self) -> bool:
@@ -114,6 +127,7 @@ class Tail:
     def read(self, size: int) -> bytes:
         """The next bytes, of one file; empty when there are none now."""
         part = self._parts[-1]
+        self.is_at_end = False
         data = os.pread(part.fd, size, part.read)
         status = os.fstat(part.fd)
         is_other = status.st_size < part.read
@@ -127,6 +141,7 @@ class Tail:
             part.head = _digest(part.fd, part.read)
             self._last_byte = data[-1:]
             self._read_at = time.monotonic()
+            self.is_at_end = len(data) < size and not self._next and self._is_current(part)
             return data
         if not self._next:
             self._look()
@@ -192,22 +207,32 @@ class Tail:
         self._parts.clear()
         self._next.clear()
 
+    def _is_current(self, part: _Part) -> bool:
+        try:
+            return self.path.stat().st_ino & _INODE == part.inode
+        except OSError:
+            return False
+
     def _look(self) -> None:
         """At the end of what there is: see whether the path is another file by now."""
         part = self._parts[-1]
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            self.is_missing = True
+            self.is_missing = self.is_at_end = True
             return
         self.is_missing = False
         if status.st_ino & _INODE == part.inode or not status.st_size:
+            self.is_at_end = True
             return
         if time.monotonic() - self._read_at < _QUIET:  # whoever writes may not have noticed yet
             return
         current = _opened(self.path)
         if current is not None:
-            self._next.extend([*self._between(part, current), current])
+            missed = self._between(part, current)
+            if missed:
+                self.missed_since = datetime.fromtimestamp(os.fstat(part.fd).st_mtime, UTC)
+            self._next.extend([*missed, current])
 
     def _truncated(self, part: _Part) -> bytes:
         """The file was emptied: go on in its copy, if there is one, and then at its beginning."""
@@ -242,8 +267,8 @@ class Tail:
         self._last_byte = b"\n"
         return b"" if is_whole else b"\n"
 
-    def _siblings(self) -> list[Path]:
-        """Files beside it that may be it under a later name, those that were written last at the end."""
+    def _siblings(self) -> list[tuple[Path, int]]:
+        """Files beside it that may be it under a later name, and their inodes, those written last at the end."""
         name = self.path.name
         stem = name.removesuffix(".log")
         found = []
@@ -256,15 +281,15 @@ class Tail:
             if not is_like or entry.name == name or entry.name.endswith((".gz", ".xz", ".zst", ".bz2")):
                 continue
             try:
-                found.append((entry.stat().st_mtime_ns, Path(entry.path)))
+                status = entry.stat()
             except OSError:  # it has gone meanwhile, or leads nowhere
                 continue
-        return [path for _, path in sorted(found)]
+            found.append((status.st_mtime_ns, Path(entry.path), status.st_ino & _INODE))
+        return [(path, inode) for _, path, inode in sorted(found)]
 
-    def _beside(self, *, is_newest_first: bool = False) -> Iterator[_Part]:
-        """Those of them that may be read, opened. Whoever takes one has it; the others are closed."""
-        paths = self._siblings()
-        for path in reversed(paths) if is_newest_first else paths:
+    def _those(self, paths: list[Path]) -> Iterator[_Part]:
+        """Those of these files that may be read, opened. Whoever takes one has it; the others are closed."""
+        for path in paths:
             try:
                 part = _opened(path)
             except OSError:  # somebody else's: it is none of ours, and keeps nobody from reading what is
@@ -274,7 +299,7 @@ class Tail:
 
     def _found(self, place: Place, besides: int = -1) -> _Part | None:
         """The file, under whatever name, that has this digest at this place."""
-        for part in self._beside(is_newest_first=True):
+        for part in self._those([path for path, _ in reversed(self._siblings())]):
             try:
                 is_it = (
                     part.inode != besides and _digest(part.fd, place.offset) == place.head
@@ -289,17 +314,33 @@ class Tail:
         return None
 
     def _between(self, old: _Part, current: _Part | None) -> list[_Part]:
-        """Files that came after the old one and before the current one."""
+        """Files that came after the old one and before the current one: rotations of this log, and no other log."""
         since = os.fstat(old.fd).st_mtime_ns
         known = {old.inode, *({current.inode} if current else ())}
+        beside = self._siblings()
+        now = next((path.name for path, inode in beside if inode == old.inode), "")
+        later = [path for path, _ in beside if self._is_rotation(path.name, now) and not self._is_followed(path)]
         found = []
-        for part in self._beside():
+        for part in self._those(later):
             if part.inode not in known and os.fstat(part.fd).st_mtime_ns > since:
                 known.add(part.inode)
                 found.append(part)
             else:
                 os.close(part.fd)
         return found
+
+    def _is_rotation(self, name: str, old: str) -> bool:
+        """Whether a file of this name came later than the old one, which is called `old` by now ('' when it is gone).
+
+        `gateway.log.2` says so itself. `gateway-2.log` may as well be another session's: it is ours where the old one
+        is `gateway-3.log`, since then what is moved on from name to name has it too, and a date where the old one has.
+        """
+        if self._numbered.fullmatch(name):
+            return True
+        if self._dated.fullmatch(old):
+            return self._dated.fullmatch(name) is not None
+        its, olds = self._shifted.fullmatch(name), self._shifted.fullmatch(old)
+        return its is not None and olds is not None and int(its[1]) < int(olds[1])
 
 
 def _opened(path: Path) -> _Part | None:

@@ -114,9 +114,9 @@ class Patient:
             return SessionError.heard_since(s, *given, grace=grace, weak=weak)
 
     def read_until(self) -> datetime:
-        """What its gateway sent before then has been read."""
-        with db.session() as s:
-            return SessionError.read_until(s, self.channel_id)
+        """What its gateway told before then has been read."""
+        with db.session([self.tenant_id]) as s:
+            return SessionError.read_until(s, self.tenant_id, self.channel_id)
 
     def affected(self, most: int = _MOST_CONTACTS) -> list[str]:
         """The chats with the most errors."""

@@ -393,7 +393,7 @@ class Turn:
 
     def _goes_on(self, says: str, heard: RowMapping) -> Next:
         is_behind = self._age(heard["read_until"]) > _BEHIND
-        why = ": what came in since is not read yet, the inbox is behind" if is_behind else ""
+        why = ": what came in since is not read yet, the inbox or a follower of logs is behind" if is_behind else ""
         return Next({"says": says + why}, self._glance())
 
     async def _is_closed_again(self, gateway: Gateway) -> Next | None:

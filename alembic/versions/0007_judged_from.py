@@ -1,4 +1,4 @@
-"""From when the step of a repair is judged, and until when a gateway's log has been read.
+"""From when the step of a repair is judged, which log told of an error, and until when that log has been read.
 
 Revision: 0007
 Revises: 0006
@@ -20,9 +20,11 @@ TIME = sa.TIMESTAMP(timezone=True)
 
 def upgrade() -> None:
     op.add_column("repair", sa.Column("judged_from", TIME, nullable=True))
+    op.add_column("session_error", sa.Column("log", sa.Text(), nullable=True))
     op.add_column("log_position", sa.Column("read_until", TIME, server_default=sa.text("now()"), nullable=False))
 
 
 def downgrade() -> None:
     op.drop_column("log_position", "read_until")
+    op.drop_column("session_error", "log")
     op.drop_column("repair", "judged_from")

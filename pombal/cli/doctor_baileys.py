@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import func, select
 
-from models import Channel, ChannelKind, Repair, RepairPause, Tenant, WebhookToken
+from models import Channel, ChannelKind, LogPosition, Repair, RepairPause, Tenant, WebhookToken
 from models.repair import RepairState
 from pombal import db
 from pombal.cli import baileys
@@ -30,6 +30,7 @@ _SECONDS = 30.0  # for all gateways together
 _AT_ONCE = 8
 _MOST_ASKED = 200  # channels
 _LATE = timedelta(minutes=5)
+_UNREAD = timedelta(minutes=1)
 
 
 class Known(NamedTuple):
@@ -66,6 +67,7 @@ def findings() -> Iterator[Finding]:
     yield from _names_in_logs(known)
     yield from _stores(known)
     yield from _asked([one for one in known if one.host][:_MOST_ASKED])
+    yield from _logs()
     yield from _late_repairs()
 
 
@@ -224,6 +226,20 @@ def _wrong_with(one: Known, url: str, *, is_enabled: bool) -> str | None:
     with db.session() as s:
         row = s.scalars(WebhookToken.presented(token)).first()
     return None if row is not None and row.channel_id == one.id else "with a token that is not valid"
+
+
+def _logs() -> Iterator[Finding]:
+    """Whether logs that were followed within the last day still are."""
+    with db.session() as s:
+        unread = LogPosition.unread(s, _UNREAD)
+        since = s.scalars(select(func.now() - _UNREAD)).one()
+    left = [one.file for one in unread if one.updated_at < since]
+    behind = [one.file for one in unread if one.updated_at >= since]
+    if left:
+        what = "no follower reads what was followed within the last day; repairs of sessions that it tells of wait"
+        yield Finding("warning", f"{what} (`pombal session follow`): {some(left)}")
+    if behind:
+        yield Finding("warning", f"a follower is more than a minute behind: {some(behind)}")
 
 
 def _late_repairs() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from models import Channel, ChannelKind, Tenant, WebhookToken
+from models import Channel, ChannelKind, LogPosition, Tenant, WebhookToken
 from pombal.cli import doctor_baileys, main
 from pombal.settings import settings
 from providers.baileys_dialects import DIALECTS
@@ -402,6 +402,32 @@ def test_the_doctor_says_where_lines_of_a_log_could_not_be_told_to_be_of_a_sessi
     assert one.endswith(f": {tenant.slug}/shop")
     terminal("channel", "set", tenant.slug, "shop", "--config", '{"log_name": "26"}')
     assert named() == []
+
+
+def test_the_doctor_says_which_logs_nobody_reads(terminal: Terminal) -> None:
+    """Of what was followed within the last day: silence and a follower that is dead look alike elsewhere."""
+
+    def said() -> list[str]:
+        return [f"{one.level} {one.what}" for one in doctor_baileys._logs()]
+
+    logs = {"/log/read": (0, 0), "/log/dead": (2, 2), "/log/behind": (0, 90), "/log/removed": (1500, 1500)}
+    with factories.superuser() as connection:
+        connection.execute("DELETE FROM log_position")
+        for path, ago in logs.items():
+            connection.execute(
+                'INSERT INTO log_position (path, inode, head, "offset", updated_at, read_until)'
+                " SELECT %s, 1, '', 7, now() - %s * interval '1 minute', now() - %s * interval '1 minute'",
+                [LogPosition.key("n", "whatsappId", "", "", path), *ago],
+            )
+
+    dead, behind = said()
+
+    assert dead.startswith("warning no follower reads ")
+    assert dead.endswith(": /log/dead")
+    assert behind == "warning a follower is more than a minute behind: /log/behind"
+    with factories.superuser() as connection:
+        connection.execute("DELETE FROM log_position")
+    assert said() == []
 
 
 def test_the_doctor_says_where_the_log_of_repairs_cannot_be_written(

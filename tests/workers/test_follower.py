@@ -11,16 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from models.gateway_log import LogPosition
 from pombal import db, metrics
 from pombal.broker import redis_client
 from pombal.settings import settings
 from providers import gateway_lines
 from tests.baileys import Session, a_session
-from tests.factories import a_tenant
+from tests.factories import a_tenant, superuser
 from tests.pombal.processes import until
 from tests.providers.gateway_logs import Event, Gateway, as_json, as_pretty, docker
-from workers import _follower
-from workers._follower import Follower, Targets, UnknownChannel, Wanted
+from workers import _follower, _log_files
+from workers._follower import Follower, Targets, UnknownChannel, Wanted, key_of
 from workers._log_files import Place, Tail
 
 pytestmark = pytest.mark.usefixtures("queues")
@@ -76,6 +77,8 @@ def log(tmp_path: Path) -> Iterator[Log]:
     made = Log(tmp_path / "gateway.log", a_session(dialect="whaticket"))
     yield made
     made.follower.close()
+    with superuser() as connection:  # nobody's repair waits for a follower that is over
+        connection.execute("DELETE FROM log_position WHERE starts_with(split_part(path, '|', 5), %s)", [str(tmp_path)])
 
 
 @pytest.fixture
@@ -364,6 +367,104 @@ def aged(path: Path, seconds: int) -> None:
     os.utime(path, (at, at))
 
 
+NEIGHBOURS = ["gateway-2.log", "gateway.2.log", "gateway-out.log", "gateway-error.log", "gateway-5511955550300.log"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("rotated", ["gateway.log.1", "gateway-2025-09-11.log", "gateway-1.log"])
+def test_a_neighbours_log_is_no_rotation(
+    followed: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotated: str, is_running: bool
+) -> None:
+    """Another session's, or what PM2 writes besides: whatever stood in it would be this session's."""
+    monkeypatch.setattr(_log_files, "_QUIET", 0.0)
+    followed.wanted = Wanted(channel=f"{followed.session.tenant.slug}/{followed.session.channel.name}")
+    followed.restart()
+    followed.catch_up()
+    events, texts = zip(*(followed.failed() for _ in range(2)), strict=True)
+    followed.write(texts[0])
+    followed.tells(events[0])
+    aged(followed.path, -60)
+    if not is_running:
+        followed.follower.close()
+
+    for name in NEIGHBOURS:
+        (tmp_path / name).write_bytes(b"".join(followed.failed()[1] for _ in range(6)))
+    followed.path.rename(tmp_path / rotated)
+    followed.write(texts[1])
+    if not is_running:
+        followed.restart()
+
+    followed.tells(*events)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("gateway.log.2", "gateway.log.1"),
+        ("gateway.log-20250910", "gateway.log-20250911"),
+        ("gateway.log.2025-09-10_23", "gateway.log.2025-09-11_00"),
+        ("gateway__2025-09-10_00-00-00.log", "gateway__2025-09-11_00-00-00.log"),
+        ("gateway-20250910.log", "gateway-20250911.log"),
+        ("gateway.2.log", "gateway.1.log"),
+    ],
+)
+def test_rotations_are_known_by_their_names(
+    followed: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: str, newer: str
+) -> None:
+    monkeypatch.setattr(_log_files, "_QUIET", 0.0)
+    events, texts = zip(*(followed.failed() for _ in range(3)), strict=True)
+    followed.write(texts[0])
+    followed.tells(events[0])
+
+    aged(followed.path, -60)
+    followed.path.rename(tmp_path / older)
+    (tmp_path / newer).write_bytes(texts[1])
+    followed.write(texts[2])
+
+    followed.tells(*events)
+
+
+def test_a_log_that_is_followed_is_nobodys_rotation(tmp_path: Path) -> None:
+    path, other = tmp_path / "gateway.log", tmp_path / "gateway.log.26"
+    tail = Tail(path, is_followed={other}.__contains__)
+    path.write_bytes(b"one\n")
+    tail.open(None, at_end=False, look_back=0)
+    assert tail.read(99) == b"one\n"
+    place = tail.place(4)
+
+    aged(path, -60)
+    path.rename(tmp_path / "gateway.log.1")
+    other.write_bytes(b"another session's\n")
+    path.write_bytes(b"two\n")
+    tail.open(place, at_end=False, look_back=0)
+
+    assert [tail.read(99) for _ in range(2)] == [b"two\n", b""]
+    tail.close()
+
+
+def test_what_stood_in_a_file_that_came_and_went_did_not_fail_at_once(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway's clock has no day and no zone; nobody saw when its lines were written."""
+    monkeypatch.setattr(_log_files, "_QUIET", 0.0)
+    log.wanted = Wanted(channel=f"{log.session.tenant.slug}/{log.session.channel.name}")
+    log.restart()
+    log.write(b"before\n")
+    log.catch_up()
+    now = datetime.now(UTC)
+    clocks = [now + timedelta(hours=3, minutes=30 - 60 * n) for n in range(6, 0, -1)]
+
+    aged(log.path, -6 * 3600)
+    log.path.rename(tmp_path / "gateway.log.2")
+    lines = "".join(BY_CLOCK.format(clock=clock, n=n) for n, clock in enumerate(clocks))
+    (tmp_path / "gateway.log.1").write_text(f"{lines}[{now + timedelta(hours=3):%H:%M:%S}.000] INFO (7): request\n")
+    log.write(f"[{now + timedelta(hours=3):%H:%M:%S}.000] INFO (7): request completed\n".encode())
+
+    until(lambda: not log.follower.step() and len(log.rows()) == 6, seconds=20, why=lambda: str(len(log.rows())))
+    ages = [round((now - log.rows()[f"3EB0{n}"]["at"]) / timedelta(minutes=1)) for n in range(6)]
+    assert ages == [330, 270, 210, 150, 90, 30]
+
+
 @pytest.mark.parametrize("is_running", [True, False])
 def test_a_file_that_was_copied_and_emptied_loses_nothing(followed: Log, tmp_path: Path, is_running: bool) -> None:
     events, texts = zip(*(followed.failed() for _ in range(12)), strict=True)
@@ -563,3 +664,106 @@ def test_pretty_records_are_told_when_nothing_more_comes(followed: Log, wrap: An
     followed.write("".join(f"{line}\n" for line in lines).encode())
 
     followed.tells(event)
+
+
+# ---------------------------------------------------------------------------------------------- how far logs are read
+
+
+def position(log: Log, path: Path | None = None) -> LogPosition:
+    with db.session() as s:
+        return s.get_one(LogPosition, key_of(log.wanted, path or log.path))
+
+
+def the_database_clock() -> datetime:
+    with superuser() as connection:
+        (now,) = connection.execute("SELECT clock_timestamp()").fetchone() or (None,)
+    assert isinstance(now, datetime)
+    return now
+
+
+@pytest.fixture
+def signing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step says how far was read."""
+    monkeypatch.setattr(_follower, "_SIGN_SECONDS", 0.0)
+    monkeypatch.setattr(_follower, "_SIGN_NEWS_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("signing")
+def test_a_silent_log_is_read_for_as_long_as_its_follower_lives(followed: Log) -> None:
+    before = the_database_clock()
+    assert position(followed).read_until < before
+
+    followed.follower.step()
+
+    after = position(followed)
+    assert before < after.read_until < the_database_clock()
+    assert after.updated_at > before
+    followed.follower.close()
+    assert position(followed).read_until == after.read_until
+
+
+@pytest.mark.usefixtures("signing")
+def test_a_log_is_not_read_while_what_stands_in_it_is_not_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was not read yet, nor a record that may go on."""
+    monkeypatch.setattr(_follower, "_CHUNK", 4096)
+    monkeypatch.setattr(_follower, "_SETTLED", 3600.0)
+    log.wanted = log.wanted._replace(from_start=True)
+    log.restart()
+    written = the_database_clock()
+    log.write(b"x" * 9999 + b"\n")
+    event, made = log.gateway.event(log.session.name, log.gateway.contact(), "ratchet")
+    log.write("".join(f"{text}\n" for line in made for text in as_pretty(line)).encode())
+
+    while log.follower.step():
+        assert position(log).read_until < written - timedelta(days=1)
+        assert position(log).updated_at > written
+    log.follower.step()
+    assert position(log).read_until < written
+
+    monkeypatch.setattr(_follower, "_SETTLED", 0.0)
+    log.tells(event)
+    log.follower.step()
+    assert position(log).read_until > written
+
+
+@pytest.mark.usefixtures("signing")
+def test_a_log_that_is_never_silent_is_read_all_the_same(followed: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_follower, "_SETTLED", 3600.0)
+    before = the_database_clock()
+
+    for _ in range(4):
+        followed.write(b'{"level":30,"msg":"request completed"}\n')
+        followed.follower.step()
+
+    assert position(followed).read_until > before
+
+
+@pytest.mark.usefixtures("signing")
+@pytest.mark.parametrize("is_running", [True, False])
+def test_nobody_waits_for_the_logs_of_containers_that_are_gone(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool
+) -> None:
+    """One that is named, and one of another pattern, are waited for."""
+    monkeypatch.setattr(_follower, "_GONE_SECONDS", 0.0)
+    names = [str(tmp_path / name) for name in ("c*.log", "d*.log", "named.log")]
+    paths = [tmp_path / name for name in ("c1.log", "c2.log", "d1.log", "named.log")]
+    for path in paths:
+        path.touch()
+    log.follower = log.started(*names)
+    log.catch_up()
+
+    def waited_for() -> set[str]:
+        with db.session() as s:
+            found = LogPosition.to_follow(s, key_of(log.wanted, ""))
+        return {Path(one.file).name for one in found}
+
+    assert waited_for() == {"c1.log", "c2.log", "d1.log", "named.log"}
+    if not is_running:
+        log.follower.close()
+    for path in paths[1:]:
+        path.unlink()
+    if not is_running:
+        log.follower = log.started(*names)
+
+    left = {"c1.log", "named.log"} if is_running else {"c1.log", "d1.log", "named.log"}
+    until(lambda: not log.follower.step() and waited_for() == left, seconds=20, why=waited_for)
