@@ -120,10 +120,11 @@ class Attempt(Tenanted, Base):
     def nameless(s: Session, keys: set[tuple[UUID, UUID, UUID]]) -> list[RowMapping]:
         """The attempts in these `(tenant, channel, conversation)` that left, or may have, under an id nobody has told.
 
-        Refused ones too, of messages that are to be tried again: a gateway's no is not always true.
+        Refused ones too, of messages that are to be tried again: a gateway's no is not always true. And those of the
+        last hours whose message has another attempt's id (`has_id`): it may have been sent twice.
 
         The oldest first: `tenant_id`, `channel_id`, `conversation_id`, `message_id`, `type`, `body`, `id`, `outcome`,
-        `started_at`.
+        `started_at`, `ended_at` (now, of one that is under way), `has_id`.
         """
         if not keys:
             return []
@@ -154,7 +155,7 @@ class Attempt(Tenanted, Base):
 
         Rows as of `reported`, with `settled_by` if it is no status, and `sent_at` where it is known. A message without
         an id takes it over, and is sent. Returns `tenant_id`, `id`, `channel_id`, `conversation_id` and `is_adopted` of
-        the messages; one that did not adopt it had been sent twice. Needs the lanes' locks.
+        the messages, a row for each attempt; one that did not adopt it had been sent twice. Needs the lanes' locks.
         """
         if not given:
             return []
@@ -162,6 +163,7 @@ class Attempt(Tenanted, Base):
         return list(s.execute(_SETTLE, given_rows(found)).mappings())
 
 
+_LATEST_MESSAGES = 100  # of a conversation, that are looked through for what was sent twice
 _CALLBACK = re.compile(r"out:([0-9a-f]{32})")
 
 
@@ -254,10 +256,11 @@ _REPORTED = text(f"""
     WHERE a.channel_id = given.channel_id AND a.provider_id IS NULL
 """)
 
-# Those in line, and those that were accepted by an answer without an id.
+# Those in line, those that were accepted by an answer without an id, and those among a conversation's latest messages
+# of which more than one attempt was made.
 _NAMELESS = text(f"""
     SELECT m.tenant_id, m.channel_id, m.conversation_id, m.id AS message_id, m.type, m.body, a.id, a.outcome,
-        a.started_at
+        a.started_at, coalesce(a.ended_at, clock_timestamp()) AS ended_at, m.provider_id IS NOT NULL AS has_id
     FROM {rows(tenant_id="uuid", channel_id="uuid", conversation_id="uuid")}
     CROSS JOIN LATERAL (
         SELECT * FROM message AS m
@@ -266,12 +269,20 @@ _NAMELESS = text(f"""
         UNION ALL
         SELECT * FROM message AS m
         WHERE m.tenant_id = given.tenant_id AND m.conversation_id = given.conversation_id AND m.{NAMELESS}
+        UNION ALL
+        SELECT * FROM (
+            SELECT * FROM message AS m
+            WHERE m.tenant_id = given.tenant_id
+                AND m.conversation_id BETWEEN given.conversation_id AND given.conversation_id
+            ORDER BY m.tenant_id DESC, m.conversation_id DESC, m.id DESC LIMIT {_LATEST_MESSAGES}
+        ) AS m
+        WHERE m.attempts > 1 AND m.provider_id IS NOT NULL AND m.type <> 'read'
     ) AS m
     CROSS JOIN LATERAL (
         SELECT * FROM attempt AS a WHERE a.message_id = m.id AND a.tenant_id = m.tenant_id OFFSET 0
     ) AS a
     WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted', 'refused')
-        AND a.started_at > now() - interval '8 days'
+        AND a.started_at > now() - CASE WHEN m.provider_id IS NULL THEN interval '8 days' ELSE interval '2 hours' END
     ORDER BY m.turn_at, m.id, a.number
 """)
 
@@ -327,10 +338,11 @@ _SETTLE = text(f"""
         WHERE (m.tenant_id, m.id) = (t.tenant_id, t.message_id) AND (m.provider_id IS NULL OR m.status = 'failed')
             AND (m.status IN ('queued', 'sending', 'unknown', 'failed', 'cancelled')
                 OR m.status = 'sent' AND m.provider_id IS NULL)
-        RETURNING m.tenant_id, m.id
+        RETURNING m.tenant_id, m.id, t.id AS attempt_id
     )
     SELECT m.tenant_id, m.id, m.channel_id, m.conversation_id, a.id IS NOT NULL AS is_adopted
-    FROM first_told AS t
+    FROM settled AS t
     JOIN message AS m ON (m.tenant_id, m.id) = (t.tenant_id, t.message_id)
-    LEFT JOIN adopted AS a ON (a.tenant_id, a.id) = (m.tenant_id, m.id)
+    LEFT JOIN adopted AS a ON (a.tenant_id, a.id, a.attempt_id) = (m.tenant_id, m.id, t.id)
+    ORDER BY t.tenant_id, t.message_id, t.id
 """)

@@ -16,7 +16,7 @@ class Event(Tenanted, Dated, Base):
     __table_args__ = {"postgresql_partition_by": "RANGE (id)"}  # noqa: RUF012 - SQLAlchemy's declarative form
 
     id: Mapped[UUID] = id_column()
-    type: Mapped[str]  # `message_received`, `message_status`, or the provider's own name of a notice
+    type: Mapped[str]  # `message_received`, `message_status`, …; Meta's name of a notice; `gateway_` and a gateway's
     version: Mapped[str] = mapped_column(server_default=text("'v1'"))
     channel_id: Mapped[UUID | None]
     message_id: Mapped[UUID | None]

@@ -53,8 +53,8 @@ def put(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMap
 def adopt(s: Session, tenant_id: UUID, given: list[dict[str, Any]]) -> list[RowMapping]:
     """The provider accepted these messages (`id`, `attempt_id`, `provider_id` or None for a receipt): they are sent.
 
-    Returns the messages with `is_adopted`; one that was not had been accepted before, by another attempt, or under an
-    id that another message has.
+    Returns the messages with `is_adopted` and, of those that were not, the `provider_id` that they have: such a one had
+    been accepted before, by another attempt, or under an id that another message has.
     """
     if not given:
         return []
@@ -332,7 +332,7 @@ _ADOPT = text(f"""
             )
         RETURNING m.id
     )
-    SELECT {_COLUMNS}, adopted.id IS NOT NULL AS is_adopted
+    SELECT {_COLUMNS}, m.provider_id, adopted.id IS NOT NULL AS is_adopted
     FROM {rows(id="uuid", attempt_id="uuid", provider_id="text")}
     JOIN message AS m ON m.tenant_id = :tenant_id AND m.id = ANY(:ids) AND m.id = given.id
     LEFT JOIN adopted ON adopted.id = m.id

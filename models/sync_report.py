@@ -33,7 +33,8 @@ class ReportState(StrEnum):
 
 
 class SyncReport(Dated, Base):
-    """`result` once it is done: `{"checked", "differs": […], "unknown": […], "changed": […]}`."""
+    """`result` once it is done: `{"checked", "differs": […], "unknown": […], "changed": […]}`; of one that was put back
+    some of it."""
 
     __tablename__ = "sync_report"
     __table_args__ = (
@@ -76,8 +77,14 @@ class SyncReport(Dated, Base):
         was due: that may have waited in the queue before there was a report. Only with the lease.
 
         None when it is not pending, or a round over all waits: tenants who ask on and on must not keep that back.
+        `result` is what it told when it was put back.
         """
         return s.execute(_BEGIN, {"id": id_, "every": EVERY}).mappings().first()
+
+    @staticmethod
+    def is_in_the_way(s: Session, id_: UUID) -> bool:
+        """Whether a round over all waits for this report, which is a tenant's."""
+        return bool(s.scalar(_IS_IN_THE_WAY, {"id": id_}))
 
     @staticmethod
     def finish(s: Session, id_: UUID, result: dict[str, Any]) -> bool:
@@ -95,9 +102,9 @@ class SyncReport(Dated, Base):
         return list(s.scalars(_FAIL_DEAD))
 
     @staticmethod
-    def put_back(s: Session, id_: UUID) -> None:
-        """Let another process make it."""
-        s.execute(_PUT_BACK, {"id": id_})
+    def put_back(s: Session, id_: UUID, result: dict[str, Any]) -> None:
+        """Let it be made anew, by another process or later; `result` is to be told then as well."""
+        s.execute(_PUT_BACK, {"id": id_, "result": msgspec.json.encode(result).decode()})
 
     @staticmethod
     def to_ring(s: Session, *, at_once: bool = False) -> UUID | None:
@@ -132,12 +139,17 @@ _OPEN_ONE = text("""
     WHERE tenant_id IS NOT DISTINCT FROM :tenant_id AND is_dry = :is_dry AND state IN ('pending', 'running')
 """)
 
-_BEGIN = text("""
-    UPDATE sync_report AS r SET state = 'running', started_at = clock_timestamp()
-    WHERE id = :id AND state = 'pending' AND (tenant_id IS NULL OR NOT EXISTS (
+_IN_THE_WAY = """
+    (tenant_id IS NOT NULL AND EXISTS (
         SELECT FROM sync_report AS o WHERE o.tenant_id IS NULL AND o.state = 'pending'
     ))
-    RETURNING id, tenant_id, is_dry, is_due, extract(epoch FROM clock_timestamp() - CASE
+"""
+_IS_IN_THE_WAY = text(f"SELECT {_IN_THE_WAY} FROM sync_report WHERE id = :id")
+
+_BEGIN = text(f"""
+    UPDATE sync_report SET state = 'running', started_at = clock_timestamp()
+    WHERE id = :id AND state = 'pending' AND NOT {_IN_THE_WAY}
+    RETURNING id, tenant_id, is_dry, is_due, result, extract(epoch FROM clock_timestamp() - CASE
         WHEN is_due THEN date_bin(CAST(:every AS interval), created_at, to_timestamp(0)) ELSE created_at
     END)::float8 AS waited
 """)
@@ -158,7 +170,7 @@ _FAIL_DEAD = text("""
 """)
 
 _PUT_BACK = text("""
-    UPDATE sync_report SET state = 'pending', started_at = NULL, next_ring_at = NULL
+    UPDATE sync_report SET state = 'pending', started_at = NULL, next_ring_at = NULL, result = CAST(:result AS jsonb)
     WHERE id = :id AND state = 'running'
 """)
 

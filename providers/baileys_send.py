@@ -23,13 +23,15 @@ from providers.gateway_sends import (
     BY_LINK,
     FILES,
     ID,
-    TRIES,
+    OF_A_CALL,
     Named,
     Unsendable,
     card_of,
     file_of,
+    in_doubt,
     jid,
     key_of,
+    of_the_call,
     posted,
     quoted_content,
     read_key,
@@ -46,7 +48,7 @@ _STANDING = 8.0  # seconds for the question how the session stands
 _REJECTED = "rejected"
 _ID_IN = frozenset({"key", "data", "_data", "id"})  # one of them is in each answer of a gateway that tells ids
 # Refusals that may be none of the message, but of a session that is closed: what gateways say then differs.
-_DOUBTFUL = frozenset({"bad_request", "not_found", "http_422", _REJECTED})
+_DOUBTFUL = frozenset({"bad_request", "http_422", _REJECTED})
 
 
 class Body(NamedTuple):
@@ -70,6 +72,8 @@ class BaileysSender:
         self._place = Place(given, sends=True)
         self._writes = _WRITERS.get(given.gateway, _whaticket)
         self._session = Baileys(clients, given)
+        self._says_its_state = not {"state", "list"}.isdisjoint(self._place.paths)
+        self._has_a_key_for_sending = given.send_key not in ("", given.api_key)
         self._deadline = deadline
 
     async def send(self, message: Outgoing) -> Answer:
@@ -86,12 +90,14 @@ class BaileysSender:
             return reply
         answer = self._read(reply, message.type)
         fault = answer.fault
-        if fault is None or fault.code not in _DOUBTFUL:
+        if fault is None or fault.code not in _DOUBTFUL | OF_A_CALL:
             return answer
-        away = self._place.dialect.away
-        if away and (words_of(reply.body) or reply.body.decode("utf-8", "replace")).strip().casefold().startswith(away):
+        away, words = self._place.dialect.away, words_of(reply.body)
+        if away and (words or reply.body.decode("utf-8", "replace")).strip().casefold().startswith(away):
             return msgspec.structs.replace(answer, fault=_AWAY)
-        return msgspec.structs.replace(answer, fault=await self._explained(fault))
+        if fault.code == "forbidden" and self._has_a_key_for_sending:  # of which no question about the session tells
+            return answer
+        return await self._explained(answer, fault, words or "", message.type)
 
     async def upload(self, file: Attachment) -> Answer:
         """Nothing is handed over beforehand: raises `Permanent`."""
@@ -152,20 +158,26 @@ class BaileysSender:
             )
         return Answer(Outcome.ACCEPTED, provider_id=_id_in(body, self._place.dialect.ids_at), http_status=reply.status)
 
-    async def _explained(self, fault: Fault) -> Fault:
+    async def _explained(self, answer: Answer, fault: Fault, words: str, type_: str) -> Answer:
         """A refusal concerns the message only while the session is connected; it may have come back just now."""
+        is_of_a_call = fault.code in OF_A_CALL
+        if not self._says_its_state:  # nothing but its `away` tells of a closed session
+            fault = fault if is_of_a_call else msgspec.structs.replace(fault, is_of_a_moment=True)
+            return msgspec.structs.replace(answer, fault=fault)
         try:
             async with asyncio.timeout(_STANDING):
                 state = (await self._session.look()).state
-        except (InstanceFault, TimeoutError):
-            state = "unknown"
+        except (InstanceFault, TimeoutError):  # the gateway does not know it, say: then it is no matter of this call
+            return answer if is_of_a_call else in_doubt(answer)
         if state in ("closed", "qr"):
-            return _AWAY
-        if fault.code == "not_found":
-            return fault
-        if state == "open":
-            return msgspec.structs.replace(fault, is_of_a_moment=True)
-        return Fault(Kind.TRANSIENT, Scope.MESSAGE, fault.code, fault.text, tries=TRIES)
+            fault = _AWAY
+        elif is_of_a_call:
+            fault = of_the_call(fault, words, type_)
+        elif state == "open":
+            fault = msgspec.structs.replace(fault, is_of_a_moment=True)
+        else:
+            return in_doubt(answer)
+        return msgspec.structs.replace(answer, fault=fault)
 
 
 _AWAY = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")

@@ -17,6 +17,7 @@ from providers.sniff import extension
 
 BY_LINK = 60.0  # seconds: the gateway fetches the file before it answers
 TRIES = 6  # of a message that met trouble at the provider
+_TRIES_OF_A_CALL = 3  # … of one whose call the gateway has not, or does not let us make
 ID = re.compile(r"[\x21-\x7e]{1,512}")
 _MOST_TEXT = 500  # characters of the provider's reason
 _NOT_REACHED = (521, 523)  # of the edge: it came to no machine of the host
@@ -212,6 +213,29 @@ _OF_THE_CHANNEL = {
     403: ("forbidden", "the gateway does not let the channel's token do this"),
     404: ("not_found", "the gateway knows no such instance"),
 }
+
+# Refusals by which a gateway may as well mean this one call: it has none of that kind, or not for this token's plan.
+OF_A_CALL = frozenset({"forbidden", "not_found"})
+
+
+def of_the_call(fault: Fault, words: str, type_: str) -> Fault:
+    """What one of `OF_A_CALL` is while the gateway knows the session, and takes the token: a matter of this message
+    alone. Tried again soon, since it may have been so for a moment; then somebody should look at it, unless it is a
+    receipt."""
+    code, text = fault.code, fault.text
+    if code == "not_found":
+        code, text = "http_404", "the gateway knows the session, and yet has no call for this"
+    text = shown(words, _MOST_TEXT) or text
+    if type_ == "read":
+        return Fault(Kind.PERMANENT, Scope.MESSAGE, code, text, is_of_a_moment=True)
+    return Fault(Kind.TRANSIENT, Scope.MESSAGE, code, text, tries=_TRIES_OF_A_CALL)
+
+
+def in_doubt(answer: Answer) -> Answer:
+    """A refusal of which nobody can tell whether it is true: a send that timed out inside the gateway may have left,
+    and one that is just connecting again is where that happens."""
+    why = "the gateway refused it, and how its session stands is not known"
+    return msgspec.structs.replace(answer, outcome=Outcome.UNKNOWN, why=why)
 
 
 def reason(words: str) -> str:

@@ -21,12 +21,14 @@ from providers.gateway_sends import (
     BY_LINK,
     FILES,
     ID,
-    TRIES,
+    OF_A_CALL,
     Unsendable,
     card_of,
     file_of,
+    in_doubt,
     jid,
     key_of,
+    of_the_call,
     posted,
     quoted_content,
     read_key,
@@ -42,6 +44,7 @@ from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoin
 
 _STANDING = 8.0  # seconds for the question how the instance stands
 _REJECTED = "rejected"
+_DOUBTFUL = frozenset({_REJECTED, "bad_request", "http_422"})  # … if it is the gateway's own
 
 
 class MegaSender:
@@ -81,25 +84,29 @@ class MegaSender:
             reply = await self._post(path, body, size=size, deadline=deadline, is_patient=True)
         if isinstance(reply, Answer):
             return reply
-        answer = read(reply)
-        if answer.fault is not None and answer.fault.code == _REJECTED:
-            return await self._explained(answer)
+        answer, said = read(reply), json_object(reply.body) or {}
+        code = answer.fault.code if answer.fault else ""
+        if code in OF_A_CALL or (code in _DOUBTFUL and _is_its_own(said)):
+            return await self._explained(answer, message_of(said), message.type)
         return answer
 
-    async def _explained(self, answer: Answer) -> Answer:
+    async def _explained(self, answer: Answer, words: str, type_: str) -> Answer:
         """A refusal concerns the message only while the instance is connected: what the gateway's words for the other
         case are, nobody knows, so it is asked how the instance stands. It may have come back just now, though."""
+        fault = answer.fault
+        assert fault is not None  # noqa: S101 - nothing else is to be explained
         try:
             status = (await self._instance.status(_STANDING)).status
-        except InstanceFault:
-            status = None
-        if status == "connected" and answer.fault is not None:
-            fault = msgspec.structs.replace(answer.fault, is_of_a_moment=True)
-        elif status == "disconnected":
+        except InstanceFault:  # the host does not know it, say: then it is no matter of this call
+            return answer if fault.code in OF_A_CALL else in_doubt(answer)
+        if status == "disconnected":
             fault = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
+        elif fault.code in OF_A_CALL:
+            fault = of_the_call(fault, words, type_)
+        elif status == "connected":
+            fault = msgspec.structs.replace(fault, is_of_a_moment=True)
         else:
-            text = answer.fault.text if answer.fault else ""
-            fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, _REJECTED, text, tries=TRIES)
+            return in_doubt(answer)
         return msgspec.structs.replace(answer, fault=fault)
 
     async def upload(self, file: Attachment) -> Answer:

@@ -134,11 +134,12 @@ class Walk:
         return [Connection(path, kind if _WORD.fullmatch(kind) else "unknown")]
 
     def notice(self, path: str, kind: str, body: dict[str, Any], around: Around) -> Notice:
-        """Kept as it is. It has neither an id nor a time that we know of: told again on another day, it is news."""
+        """Kept as it is, under a name that is never one of our own: nobody signed it. It has neither an id nor a time
+        that we know of: told again on another day, it is news."""
         payload = kept(body)
         day = self.received_at.date().isoformat()
         canonical = msgspec.json.encode([around.instance or around.account, kind, payload, day], order="deterministic")
-        return Notice(path, kind, payload, hashlib.sha256(canonical).digest(), self.received_at)
+        return Notice(path, f"gateway_{kind}", payload, hashlib.sha256(canonical).digest(), self.received_at)
 
     def is_of_connection(self, kind: str, body: dict[str, Any]) -> bool:
         """Whether an element without a key tells of the connection."""

@@ -6,7 +6,7 @@ baileys-sessions.md §5): a message, an ack (`update`), or a stub that stands fo
 
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -32,11 +32,13 @@ _ACKS: Mapping[str, str | None] = {
     "viewed": "read",
     "5": "played",
 }
+_NOT_TAKEN = "the gateway says that WhatsApp did not take it"
 _WORDS = frozenset({*_ACKS, "sent", "delivered", "read", "played", "failed"})
 UNDECRYPTABLE = "message_undecryptable"  # the notice of a message that could not be decrypted
 _CIPHERTEXT = (2, "2", "CIPHERTEXT")
 _MAX_PARAMETERS = 20
 _MOST_STUBS = 1_000  # there are some two hundred kinds
+_MOST_AHEAD = timedelta(days=1)  # that the clock of a phone or a gateway may be
 
 
 class Ignored(NamedTuple):
@@ -77,17 +79,17 @@ def read(
     if isinstance(key, Ignored):
         return [key]
     update = element.get("update")
-    at = _time(element)
+    at = _time(element, received_at)
     said = content(message, element.get("contextInfo")) if type(message) is dict else None
     holder = _with_status(element, key, is_ack=is_ack, is_empty=said is None)
     if said is not None and not said.is_protocol:
         found: list[Found] = [_message(path, key, said, at, received_at)]
         if holder and is_ack_word(holder["status"]):
-            told_at = None if holder is element else _time(holder)  # the element's own time is the message's
+            told_at = None if holder is element else _time(holder, received_at)  # its own time is the message's
             found.append(_ack(path, key, holder["status"], told_at or received_at))
         return found
     if holder:
-        return [_ack(path, key, holder["status"], _time(holder) or at or received_at)]
+        return [_ack(path, key, holder["status"], _time(holder, received_at) or at or received_at)]
     if type(update) is dict and said is None:
         changed = {"update": kept(update)}
         return [_notice(path, "message_update", key, changed, [account, changed], at or received_at)]
@@ -135,7 +137,8 @@ def ack(path: str, body: dict[str, Any], received_at: datetime) -> Status | Igno
     id_ = id_of(body, "keyId") or id_of(body, "messageId") or required_id(body, "id")
     fields = {"remoteJid": body.get("remoteJid") or body.get("to"), "participant": body.get("participant"), "id": id_}
     key = key_of({"key": fields | {"fromMe": body.get("fromMe", True)}})
-    return key if isinstance(key, Ignored) else _ack(path, key, body.get("status"), _time(body) or received_at)
+    at = _time(body, received_at) or received_at
+    return key if isinstance(key, Ignored) else _ack(path, key, body.get("status"), at)
 
 
 def key_of(element: dict[str, Any]) -> Key | Ignored:
@@ -190,7 +193,8 @@ def _ack(path: str, key: Key, status: Any, at: datetime) -> Status | Ignored:
         return Ignored("nothing has become of it yet")
     in_group = key.chat.kind == "group" and key.author is not None
     participant = jid.spelt(key.author) if in_group and key.author else ""
-    return Status(path, key.id, word_or_none, at, participant=participant, chat=key.chat_person)
+    code, why = ("ack_error", _NOT_TAKEN) if word_or_none == "failed" else (None, None)
+    return Status(path, key.id, word_or_none, at, participant, error_code=code, error=why, chat=key.chat_person)
 
 
 def _silent(element: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -216,9 +220,11 @@ def _notice(path: str, kind: str, key: Key, details: dict[str, Any], told: list[
     return Notice(path, kind, {"key": key.given, **details}, digest, at)
 
 
-def _time(holder: dict[str, Any]) -> datetime | None:
-    """Its time, which some serializers write as a 64-bit number in two halves."""
+def _time(holder: dict[str, Any], received_at: datetime) -> datetime | None:
+    """Its time, which some serializers write as a 64-bit number in two halves. None for one that is far ahead: it would
+    be the last that was heard of its chat and its channel, for years."""
     given = holder.get("messageTimestamp", holder.get("timestamp"))
     if type(given) is dict and type(given.get("low")) is int and given.get("high", 0) in (0, None):
         given = given["low"] % 2**32
-    return time_of(given)
+    at = time_of(given)
+    return at if at is not None and at <= received_at + _MOST_AHEAD else None

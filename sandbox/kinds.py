@@ -94,6 +94,7 @@ MEGAAPI_ANYWHERE = {
     "html502": "not done; a page of HTML with status --http (502)",
     "html502_after": "done; a page of HTML with status --http (502)",
     "error_true": "not done; status 200 with `error: true` and --message",
+    "error_true_after": "done, and yet status 200 with `error: true` and --message",
     "http400": "not done; 400 in JSON",
     "http401": "not done; 401 in JSON",
     "http403": "not done; 403 in JSON",
@@ -152,7 +153,11 @@ BAILEYS_PLACES = (
 """What a Baileys gateway is asked for."""
 
 BAILEYS_KINDS = {
-    **{kind: does for kind, does in MEGAAPI_ANYWHERE.items() if kind not in ("error_true", "html403")},
+    **{
+        kind: does
+        for kind, does in MEGAAPI_ANYWHERE.items()
+        if kind not in ("error_true", "error_true_after", "html403")
+    },
     "http408": "not done; 408 in JSON",
     "http409": "not done; 409 in JSON",
     "http422": "not done; 422 in JSON",

@@ -42,6 +42,7 @@ MAX_FETCHED = 100 * 2**20  # bytes of a `mediaUrl`
 FETCH = 10.0  # seconds
 HUGE_BASE64 = 2**30  # bytes more
 NOBODY = "000"  # how numbers begin that are on no WhatsApp
+_AFTER = ("html502_after", "error_true_after", "garbage", "empty")  # done, and answered otherwise
 
 _ROUTES = [
     (place, method, re.compile(pattern), action)
@@ -176,7 +177,7 @@ class MegaApi:
         kind = fault.kind if fault else ""
         if kind.startswith(("hang", "reset")) or (kind == "drip" and reply.file is None):
             await exchange.deliver(reply.answer, fault, kind, call)
-        elif fault is not None and (kind in BEFORE or kind in ("html502_after", "garbage", "empty")):
+        elif fault is not None and (kind in BEFORE or kind in _AFTER):
             await exchange.deliver(instead(fault, reply.answer, call.place), None, "", call)
         elif reply.file is not None:
             await _give(exchange, reply.file, fault, call)
@@ -272,7 +273,13 @@ class MegaApi:
         offline = self.hooks.rules.of(instance.key).offline
         if instance.is_connected or offline == "accept":
             return
-        answer = failed("Instance is not connected") if offline == "error_true" else refusal(404, "Instance not found")
+        match offline:
+            case "error_true":
+                answer = failed("Instance is not connected")
+            case "http400":
+                answer = telling(400, {"error": True, "message": "Instance is not connected"})
+            case _:
+                answer = refusal(404, "Instance not found")
         raise Refused(answer, "not connected")
 
     def _list(self) -> Reply:

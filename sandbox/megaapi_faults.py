@@ -42,7 +42,7 @@ class SetMegaFault(AnyFault, frozen=True, forbid_unknown_fields=True, omit_defau
     place     one of `MEGAAPI_PLACES`; else wherever the kind fits
     instance  only this one, by its name or key; in a list it concerns the entry
     to        a JID, as the request has it
-    message   of an `error_true` and of those in JSON
+    message   of an `error_true`, an `error_true_after` and of those in JSON
     word      the status of an `unknown_word`
     """
 
@@ -102,7 +102,7 @@ def instead(fault: SetMegaFault, answer: Answer, place: str) -> Answer:
             return _with_retry_after(Answer(fault.http or 502, _GATEWAY, (HTML_TYPE, CLOUDFLARE)), after)
         case "outage":
             return _with_retry_after(Answer(503, _GATEWAY.replace(b"502", b"503"), (HTML_TYPE,)), after)
-        case "error_true":
+        case "error_true" | "error_true_after":
             more = {"data": ""} if place == "media" else {}
             return failed(fault.message or "Something went wrong", **more)
         case "garbage":

@@ -26,6 +26,7 @@ AT_MOST = 5.0  # seconds that an answer waits for the webhooks that should come 
 HEADERS = {"User-Agent": "axios/1.7.7", "Accept": "application/json, text/plain, */*"}
 
 Form = Literal["flat", "wrapped", "seed"]
+Offline = Literal["error_true", "http400", "http404", "accept"]
 Lids = Literal["never", "with_alt", "without_alt"]
 Delay = tuple[Seconds, Seconds]
 Ack = Annotated[int, Meta(ge=-1, le=10)]
@@ -63,7 +64,7 @@ class MegaRules(NamedTuple):
     ack_strings: bool = False
     acks_before: bool = False
     form: Form = "flat"
-    offline: Literal["error_true", "http404", "accept"] = "error_true"
+    offline: Offline = "error_true"
     lid: Lids = "never"
     drop_ninth_digit: bool = False
     fetch_urls: bool = False
@@ -86,7 +87,7 @@ class SetMegaRules(msgspec.Struct, forbid_unknown_fields=True):
     ack_strings: bool | UnsetType = UNSET
     acks_before: bool | UnsetType = UNSET
     form: Form | UnsetType = UNSET
-    offline: Literal["error_true", "http404", "accept"] | UnsetType = UNSET
+    offline: Offline | UnsetType = UNSET
     lid: Lids | UnsetType = UNSET
     drop_ninth_digit: bool | UnsetType = UNSET
     fetch_urls: bool | UnsetType = UNSET

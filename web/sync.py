@@ -55,7 +55,7 @@ async def report(request: Request) -> Response:
             "applies": not found.is_dry,
             "created_at": found.created_at.isoformat(),
             "finished_at": found.finished_at.isoformat() if found.finished_at else None,
-            "result": found.result,
+            "result": _result(found),
             "error": found.error,
         }
     )
@@ -72,13 +72,18 @@ async def cron(request: Request) -> Response:
         refused(request, "bad_cron_secret")
         raise Failure(401, "UNAUTHORIZED", "the cron secret is needed")
     made = await _made(None, is_dry=False)
-    counts = {name: len(found) if isinstance(found, list) else found for name, found in (made.result or {}).items()}
+    counts = {name: len(found) if isinstance(found, list) else found for name, found in (_result(made) or {}).items()}
     return _shown(made, {"report_id": str(made.id), "state": made.state, **counts})
 
 
 async def _answer(tenant_id: UUID, *, is_dry: bool) -> Response:
     made = await _made(tenant_id, is_dry=is_dry)
     return _shown(made, made.result)
+
+
+def _result(made: SyncReport) -> dict[str, Any] | None:
+    """What it came to; nothing while it is on its way, though it may have found something."""
+    return made.result if made.state == ReportState.DONE else None
 
 
 def _shown(made: SyncReport, result: Any) -> Response:

@@ -31,7 +31,8 @@ def check(id_: UUID, tries: int) -> float | None:
         row = standing.take_check(s, id_, _HELD, is_again=tries > 0)
     if row is None:
         return None  # not needed any more; or it is gone, or of a kind that is not asked
-    host, name = str(row["config"].get("host") or ""), str(id_)
+    # Those without a host of their own are at one of the operator's, which each kind has its own of.
+    host, name = f"{row['kind']} {row['config'].get('host') or ''}", str(id_)
     if not (circuit.allows(host) and alone.allows(name)):  # it hangs, and so would we, one event after the other
         _leave(row)
         return None

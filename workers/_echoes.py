@@ -2,10 +2,11 @@
 
 A gateway's call carries no id of ours, so nothing that comes back names the attempt. What is told of a message that we
 do not know by the provider's id may be of one whose answer was lost, has no id in it, or is still on its way; or of one
-that somebody typed on the phone. An echo is ours when an attempt of that chat, begun shortly before it, had the same
-content. An ack has no content: it settles only a send whose answer was lost, when no other could be meant, and the
-echo of another message under that id takes that back (megaapi.md, "Retry rules"). Pure but for the look-up. Not a
-queue, hence the underscore.
+that somebody typed on the phone. An echo is ours when an attempt of that chat, begun before it and over no sooner than
+shortly before it, had the same content; of a message that has another id by now it shows that it was sent twice. An ack
+has no content: it settles only a send whose answer was lost, when no other could be meant, and the echo of another
+message under that id takes that back (megaapi.md, "Retry rules"). Pure but for the look-up. Not a queue, hence the
+underscore.
 """
 
 import unicodedata
@@ -22,6 +23,9 @@ from models import Attempt, Outcome
 # How far a provider's clock, which counts whole seconds, may be off. What was sent long before our attempt is something
 # else, told again after a reconnect; what was sent long after it, somebody typed.
 _CLOCKS_DIFFER = timedelta(minutes=2)
+# A call may wait for others' files, and then take as long as its own does. One whose process died has its end from
+# whoever found that out, which may be long after.
+_LONGEST_CALL = timedelta(hours=1)
 _LATEST = timedelta(minutes=10)
 _LATEST_OF_FEW_WORDS = timedelta(minutes=2)  # where little is left to compare: a file without a caption
 _CAPTIONED = ("image", "video", "document")
@@ -50,30 +54,44 @@ def claimed(s: Session, heard: Iterable[Heard]) -> list[tuple[Heard, RowMapping]
     given = list(heard)
     chats = {(one.tenant_id, one.channel_id, chat) for one in given for chat in one.conversation_ids}
     waiting = Attempt.nameless(s, chats)
+    named = {row["message_id"] for row in waiting if row["has_id"]}
     found = []
     for one in sorted(given, key=lambda one: one.at):
         rows = [row for row in waiting if row["conversation_id"] in one.conversation_ids]
+        # What is known as sent may have been sent twice, and a refusal may be no true one: both only if nothing else is
+        # meant.
+        rows.sort(key=lambda row: (row["message_id"] in named, row["outcome"] == Outcome.REFUSED))
         for attempt in (_of_echo(one, rows) if one.type is not None else _of_ack(one, rows))[:1]:
-            waiting = [row for row in waiting if row["message_id"] != attempt["message_id"]]
+            waiting = [row for row in waiting if row["id"] != attempt["id"]]
+            named.add(attempt["message_id"])
             found.append((one, attempt))
     return found
 
 
 def _of_echo(echo: Heard, rows: list[RowMapping]) -> list[RowMapping]:
-    """Those with this content, the oldest first."""
+    """Those with this content, in their order."""
     content = fingerprint(echo.type or "", echo.body or {})
     latest = _LATEST if any(content[1:]) else _LATEST_OF_FEW_WORDS
     return [
         row
         for row in rows
-        if -_CLOCKS_DIFFER < echo.at - row["started_at"] < latest and fingerprint(row["type"], row["body"]) == content
+        if echo.at - row["started_at"] > -_CLOCKS_DIFFER
+        and echo.at - _end_of(row) < latest
+        and fingerprint(row["type"], row["body"]) == content
     ]
 
 
 def _of_ack(ack: Heard, rows: list[RowMapping]) -> list[RowMapping]:
     """The one whose answer was lost, if nothing else in that chat could be meant."""
+    rows = [row for row in rows if not row["has_id"] or ack.at - _end_of(row) < _LATEST]
     is_only = len(rows) == 1 and rows[0]["outcome"] == Outcome.UNKNOWN
-    return [row for row in rows if is_only and timedelta() < ack.at - row["started_at"] < _LATEST]
+    return [row for row in rows if is_only and ack.at > row["started_at"] and ack.at - _end_of(row) < _LATEST]
+
+
+def _end_of(row: RowMapping) -> datetime:
+    """When the call was over: WhatsApp had the message before that, if it got it, and whatever came along with it."""
+    ended: datetime = min(row["ended_at"], row["started_at"] + _LONGEST_CALL)
+    return ended
 
 
 def fingerprint(type_: str, body: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ What may pass is tried again, by a new attempt with another id of the provider's
 queue, hence the underscore.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -13,25 +13,31 @@ from sqlalchemy.orm import Session
 
 from models import Channel, ChannelKind, Lane, MessageStatus, outgoing
 from models.dead_letter import message_letter
+from pombal import log, metrics
 from providers.meta_errors import late_fault
 from providers.outbound import Answer, Kind, Outcome
 from workers import _verdicts
+
+_log = log.get()
 
 _MOST_ATTEMPTS = 10  # of one message: each of these was accepted, so a fault that stays would go round for ever
 _SHORTEST_WAIT = 30.0  # seconds
 
 
-def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def try_again(
+    s: Session, risen: Sequence[RowMapping], when_committed: Callable[[Callable[[], None]], None] = lambda say: say()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Put back into the line what failed for a reason that may pass; needs the lanes' locks.
 
     `risen` are rows of `Message.catch_up`. Returns the events and the dead letters of what was done. Codes are Meta's:
-    what another provider says has failed stays so.
+    what another provider says has failed stays so. What stays so is counted and logged, by `when_committed` if given.
     """
-    failed = [row for row in risen if row["status"] == MessageStatus.FAILED and row["turn_at"] and row["error_code"]]
-    at_meta = _of_meta(s, {row["channel_id"] for row in failed})
+    failed = [row for row in risen if row["status"] == MessageStatus.FAILED and row["turn_at"]]
+    kinds = _kinds(s, {row["channel_id"] for row in failed})
     back, letters = [], []
     for row in failed:
-        if row["channel_id"] not in at_meta:
+        if kinds.get(row["channel_id"]) != ChannelKind.META or not row["error_code"]:
+            when_committed(_saying(row, kinds.get(row["channel_id"], "none")))
             continue
         fault = late_fault(row["error_code"], row["error"] or "")
         answer = Answer(Outcome.REFUSED, fault=fault)
@@ -41,7 +47,9 @@ def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, A
             delay = 0.0 if is_held else max(verdict.delay or 0.0, _SHORTEST_WAIT)
             ids = {name: row[name] for name in ("tenant_id", "id", "attempt_id")}
             back.append(ids | {"tries": verdict.tries, "throttles": verdict.throttles, "delay": delay})
-        elif fault.kind is not Kind.PERMANENT:
+            continue
+        when_committed(_saying(row, ChannelKind.META))
+        if fault.kind is not Kind.PERMANENT:
             why = f"accepted, and failed later with code {row['error_code']}, after {row['attempts']} attempts"
             letters.append(message_letter(row, why, row["error_code"]))
     queued = outgoing.take_back(s, back)
@@ -49,8 +57,17 @@ def try_again(s: Session, risen: Sequence[RowMapping]) -> tuple[list[dict[str, A
     return [outgoing.event(row, MessageStatus.QUEUED) for row in queued], letters
 
 
-def _of_meta(s: Session, channel_ids: set[UUID]) -> set[UUID]:
+def _saying(row: RowMapping, kind: str) -> Callable[[], None]:
+    ids = {name: str(row[name]) for name in ("channel_id", "tenant_id")} | {"message_id": str(row["id"])}
+
+    def say() -> None:
+        metrics.messages.labels(direction="out", provider=kind, outcome="failed").inc()
+        _log.info("message_failed", **ids, attempt=row["attempts"], code=row["error_code"])
+
+    return say
+
+
+def _kinds(s: Session, channel_ids: set[UUID]) -> dict[UUID, str]:
     if not channel_ids:
-        return set()
-    known = select(Channel.id).where(Channel.id.in_(channel_ids), Channel.kind == ChannelKind.META)
-    return set(s.scalars(known))
+        return {}
+    return {id_: kind for id_, kind in s.execute(select(Channel.id, Channel.kind).where(Channel.id.in_(channel_ids)))}

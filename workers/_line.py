@@ -507,22 +507,24 @@ class Turn:
             {"id": work.id, "attempt_id": work.attempt_id, "provider_id": answer.provider_id}
             for work, answer in accepted
         ]
-        works = {work.id: work for work, _ in accepted}
+        works = {work.id: (work, answer) for work, answer in accepted}
         for row in outgoing.fold_echoes(s, self._tenant, given):
             payload = {"message_id": row["id"], "merged": row["echo_id"]}
             self.events.append(Event.row("message_merged", self._tenant, self._id, row["id"], payload))
         for row in outgoing.adopt(s, self._tenant, given):
             self.left.add(row["conversation_id"])
+            work, answer = works[row["id"]]
             if row["is_adopted"]:
                 self.events.append(outgoing.event(row, MessageStatus.SENT))
                 self._say("sent", "message_sent", row)
-            elif works[row["id"]].type != "read":
+            # (Its echo may have been taken for that of an attempt before it.)
+            elif work.type != "read" and (row["provider_id"] is None or row["provider_id"] != answer.provider_id):
                 self.said.append(metrics.double_sends.labels(self._provider).inc)
         keys = [(self._tenant, self._id, answer.provider_id) for _, answer in accepted if answer.provider_id]
         risen = Message.catch_up(s, keys)
         # That they are sent was said above.
         self.events += [outgoing.event(row, row["status"]) for row in risen if row["status"] != MessageStatus.SENT]
-        events, letters = _late.try_again(s, risen)
+        events, letters = _late.try_again(s, risen, self.said.append)
         self.events += events
         self.letters += letters
         for work, _ in accepted:

@@ -142,7 +142,7 @@ class Turn:
             _log.info("session_status", **self._names(), state=str(state))
         return settled.wait
 
-    def _kept(self, step: Step) -> tuple[list[RowMapping], Settled | None]:
+    def _kept(self, step: Step) -> tuple[list[dict[str, Any]], Settled | None]:
         """Write it down: what is news of the channel, and what came of the session."""
         row, tenant = self.row, self.row["tenant_id"]
         for left in reversed(range(_MOST_RUNS)):

@@ -36,7 +36,7 @@ from workers.channel_session import status_check
 _log = log.get()
 
 _ROUND_SECONDS = 58.0  # from its tick until a round is over; the next tick is far
-_SHORTEST_ROUND = 45.0  # … of one that began late
+_SHORTEST_ROUND = 45.0  # … of one that began late, since no worker was there for its tick
 _SPREAD = 45.0  # seconds over which a due round is spread at most
 _SPREAD_EACH = 0.05  # … and for each channel
 _TIME_FOR_ANSWERS = 13.0  # after the last one was asked
@@ -154,6 +154,10 @@ class LostLease(PombalError):
     """It took too long, and somebody else makes the rounds now."""
 
 
+class GivesWay(Stopping):
+    """A round over all channels waits. This one is made anew after it."""
+
+
 class Sync:
     """One report on its way: under the lease, from what is believed to what was found."""
 
@@ -167,8 +171,9 @@ class Sync:
         self._began = self._renewed = self._told = time.monotonic()
         self._left: list[UUID] = []  # found, and not looked at yet
         self._failing_since: float | None = None
-        self._changed: list[dict[str, Any]] = []
-        self._differs: list[dict[str, Any]] = []
+        before = report["result"] or {}  # told, and written down, by this one until it was put back
+        self._changed: list[dict[str, Any]] = before.get("changed", [])
+        self._differs: list[dict[str, Any]] = before.get("differs", [])
 
     @property
     def is_whole(self) -> bool:
@@ -182,15 +187,15 @@ class Sync:
             outcome = "done" if self._finish(result) else "lost"
             if outcome == "done" and not self.is_dry:
                 self._look_for_silence()
-        except Stopping:
+        except Stopping as why:
             outcome = "stopped"
-            self._settle(SyncReport.put_back, self.id)
-            _log.info("sync_stopped", report_id=str(self.id))
+            self._put_back()
+            _log.info("sync_stopped", report_id=str(self.id), gives_way=isinstance(why, GivesWay))
         except LostLease:
             outcome = "lost"
         except Exception as error:
             if is_store_trouble(error):
-                self._settle(SyncReport.put_back, self.id)
+                self._put_back()
                 raise
             _log.error("sync_failed", report_id=str(self.id), traceback=log.redacted(error))
             self._settle(SyncReport.fail, self.id, log.described(error))
@@ -201,6 +206,11 @@ class Sync:
             else:
                 _log.error("sync_failed", report_id=str(self.id), error="the lease was lost")
             metrics.sync_seconds.labels(outcome=outcome).observe(time.monotonic() - self._began)
+
+    def _put_back(self) -> None:
+        """What is written down already would be no news to whoever makes it anew."""
+        written = {} if self.is_dry else {"changed": self._changed, "differs": self._differs}
+        self._settle(SyncReport.put_back, self.id, written)
 
     def _settle(self, write: Any, *given: Any) -> None:
         """What is tried and need not succeed: a lease runs out, and a report that nobody makes is given up then."""
@@ -252,6 +262,8 @@ class Sync:
                 self._keep(self._round.rows, self._left)
             self._left = []
             self._failing_since = None
+            if self.tenant_id is not None and len(self._round.found) < len(self._round.rows):
+                self._give_way()
         except Exception as error:
             if not is_store_trouble(error):
                 raise
@@ -259,6 +271,12 @@ class Sync:
             if now - self._failing_since > _STORE_PATIENCE:
                 raise
             _log.warning("answers_wait_for_a_store", answers=len(self._left), error=log.described(error))
+
+    def _give_way(self) -> None:
+        """A round over all channels has a minute from its tick on: it does not wait for those that tenants ask for."""
+        with db.session() as s:
+            if SyncReport.is_in_the_way(s, self.id):
+                raise GivesWay
 
     def _keep(self, rows: dict[UUID, RowMapping], ids: Iterable[UUID]) -> None:
         """Write down what is news to what these rows say."""
@@ -320,19 +338,19 @@ class Sync:
         if repaired := _standing.rerun(self._repaired):
             _log.warning("sessions_repaired", report_id=str(self.id), sessions=repaired)
         for channel_id in _standing.rerun(self._freed):
-            _standing.ring_lane(channel_id)
+            _standing.say_resumed(channel_id)
 
     def _repaired(self) -> int:
         with db.session() as s:
             _see(s, self.tenant_id)
             return WaSession.repair(s)
 
-    def _freed(self) -> list[UUID]:
+    def _freed(self) -> set[UUID]:
         with db.session() as s:
             _see(s, self.tenant_id)
-            held = [channel_id for _, channel_id in standing.held_in_vain(s)]
-            Lane.lock(s, held)
-            return [channel_id for channel_id in held if Lane.reconnected(s, channel_id)]
+            held = standing.held_in_vain(s)
+            Lane.lock(s, [channel_id for _, channel_id in held])
+            return _standing.resume(s, held)
 
     def _look_for_silence(self) -> None:
         """Nothing waits for this: that it takes too long must not have the whole fleet asked again."""

@@ -437,7 +437,6 @@ def test_a_clear_no(answer: bytes, kind: Kind, code: str) -> None:
     [
         ("close", Kind.SESSION, "disconnected", False),
         ("open", Kind.PERMANENT, "bad_request", True),
-        ("paused", Kind.TRANSIENT, "bad_request", False),
     ],
 )
 def test_a_refusal_concerns_the_message_only_while_the_session_is_open(
@@ -451,6 +450,53 @@ def test_a_refusal_concerns_the_message_only_while_the_session_is_open(
     assert (fault.kind, fault.code, fault.is_of_a_moment) == (kind, code, is_of_a_moment)
     if kind is not Kind.SESSION:
         assert fault.text == "text is required"
+
+
+@pytest.mark.parametrize("standing", [says({"instance": {"state": "paused"}}), says({}, "502 Bad Gateway")])
+def test_a_refusal_may_be_none_when_nobody_can_tell_how_the_session_stands(standing: bytes) -> None:
+    no = says({"status": 400, "error": "Bad Request", "response": {"message": ["Error: Timed Out"]}}, "400 Bad Request")
+
+    answer = taken_for("evolution", no, standing)
+
+    assert answer.outcome is Outcome.UNKNOWN
+    assert answer.fault is not None
+    assert (answer.fault.code, answer.fault.text) == ("bad_request", "Error: Timed Out")
+
+
+def test_a_gateway_that_never_says_how_a_session_stands_is_asked_nothing_about_a_refusal() -> None:
+    answer, asked = heard("fazer", says({"message": "text is required"}, "422 Unprocessable Entity"))
+
+    assert answer.fault is not None
+    assert (answer.fault.kind, answer.fault.is_of_a_moment, len(asked)) == (Kind.PERMANENT, True, 1)
+
+
+@pytest.mark.parametrize("status", ["404 Not Found", "403 Forbidden"])
+@pytest.mark.parametrize(
+    ("standing", "kind"),
+    [
+        (says({"instance": {"state": "open"}}), Kind.TRANSIENT),
+        (says({"instance": {"state": "connecting"}}), Kind.TRANSIENT),
+        (says({"instance": {"state": "close"}}), Kind.SESSION),
+        (says({}, "404 Not Found"), Kind.AUTH),
+        (says({}, "401 Unauthorized"), Kind.AUTH),
+    ],
+)
+def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_session_is_known(
+    status: str, standing: bytes, kind: Kind
+) -> None:
+    fault = taken_for("evolution", says({}, status), standing).fault
+
+    assert fault is not None
+    assert (fault.kind, fault.scope) == (kind, Scope.MESSAGE if kind is Kind.TRANSIENT else Scope.CHANNEL)
+
+
+def test_a_key_for_sending_that_is_refused_is_the_channels_however_the_session_stands() -> None:
+    no = says({"error": "ERR_NO_PERMISSION"}, "403 Forbidden")
+
+    fault = taken_for("whaticket", no, says([ROW]), send_key="another").fault
+
+    assert fault is not None
+    assert (fault.kind, fault.code) == (Kind.AUTH, "forbidden")
 
 
 def test_a_number_that_is_not_on_whatsapp_is_a_reason() -> None:

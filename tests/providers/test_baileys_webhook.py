@@ -493,17 +493,17 @@ def test_what_the_phone_knows_besides_is_ignored(event: str) -> None:
 @pytest.mark.parametrize(
     ("body", "type_"),
     [
-        (evolution(NAME, "groups.upsert", {"id": GROUP, "apikey": "secret"}), "groups.upsert"),
+        (evolution(NAME, "groups.upsert", {"id": GROUP, "apikey": "secret"}), "gateway_groups.upsert"),
         (evolution(NAME, "messages.edited", {"key": KEY, "type": 14, "editedMessage": {"conversation": "x"}}), ...),
-        (waha(NAME, "call.received", {"id": "x", "from": CUSTOMER, "token": "secret"}), "call.received"),
-        (evolution(NAME, "call", {"id": "x", "status": "offer", "pairingCode": "secret"}), "call"),
+        (waha(NAME, "call.received", {"id": "x", "from": CUSTOMER, "token": "secret"}), "gateway_call.received"),
+        (evolution(NAME, "call", {"id": "x", "status": "offer", "pairingCode": "secret"}), "gateway_call"),
     ],
 )
 def test_whatever_else_is_kept_as_a_notice_without_secrets(body: Any, type_: Any) -> None:
     made = only(body)
 
     assert isinstance(made, Notice)
-    assert made.type == ("messages.edited" if type_ is ... else type_)
+    assert made.type == ("gateway_messages.edited" if type_ is ... else type_)
     for word in ("secret", "the-gateways-own-key", "gateway:8080", "our-own-proof"):
         assert word not in str(made.payload)
 

@@ -278,7 +278,7 @@ def test_names_of_a_wrong_type_are_none_and_businesses_have_another() -> None:
         (str(AT), SENT),
         (AT * 1000 + 500, SENT + timedelta(milliseconds=500)),
         ({"low": AT, "high": 0, "unsigned": True}, SENT),
-        ({"low": 3_000_000_000 - 2**32, "high": 0}, datetime.fromtimestamp(3_000_000_000, UTC)),
+        (int(NOW.timestamp()) + 86_400, NOW + timedelta(days=1)),  # a clock may be ahead
     ],
 )
 def test_times_in_every_spelling(given: Any, at: datetime) -> None:
@@ -288,8 +288,33 @@ def test_times_in_every_spelling(given: Any, at: datetime) -> None:
     assert "pombal" not in made.body
 
 
+def test_a_time_in_two_halves_is_without_a_sign() -> None:
+    at = datetime.fromtimestamp(3_000_000_000, UTC)
+    body = flat(KEY, messageTimestamp={"low": 3_000_000_000 - 2**32, "high": 0})
+
+    (change,) = parse(encoded(body), at).changes
+
+    (made,) = change.items
+    assert isinstance(made, Message)
+    assert (made.at, "pombal" in made.body) == (at, False)
+
+
 @pytest.mark.parametrize(
-    "given", ["soon", -5, 10**20, "9" * 5000, None, True, [], {"low": 1, "high": 9}, {"low": "x"}, ...]
+    "given",
+    [
+        "soon",
+        -5,
+        10**20,
+        "9" * 5000,
+        None,
+        True,
+        [],
+        {"low": 1, "high": 9},
+        {"low": "x"},
+        ...,
+        4_102_444_800,
+        int(NOW.timestamp()) + 86_401,
+    ],
 )
 def test_a_message_of_an_odd_time_has_the_received_time_and_says_so(given: Any) -> None:
     made = message(messageTimestamp=given)
@@ -316,6 +341,13 @@ def test_a_file_comes_with_its_message() -> None:
 # -- acks ------------------------------------------------------------------------------------------------------------
 
 
+def an_ack(word: str) -> Status:
+    """Of what went to Bia; one that failed tells who said so."""
+    why = "the gateway says that WhatsApp did not take it"
+    more: dict[str, Any] = {"error_code": "ack_error", "error": why} if word == "failed" else {}
+    return Status("$", "A", word, NOW, chat=BIA_UNHEARD, **more)
+
+
 @pytest.mark.parametrize(
     ("given", "word"),
     [
@@ -334,9 +366,7 @@ def test_a_file_comes_with_its_message() -> None:
     ],
 )
 def test_an_ack_is_a_status_on_its_own_scale(given: Any, word: str) -> None:
-    made = only(ack(KEY, "A", given))
-
-    assert made == Status("$", "A", word, NOW, chat=BIA_UNHEARD)
+    assert only(ack(KEY, "A", given)) == an_ack(word)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +382,7 @@ def test_the_status_of_an_ack_may_lie_beside_its_key(given: Any, word: str) -> N
     key = flat_one["key"]
     unsaid = {name: value for name, value in key.items() if name != "fromMe"}
 
-    assert only(flat_one) == Status("$", "A", word, NOW, chat=BIA_UNHEARD)
+    assert only(flat_one) == an_ack(word)
     for event in ("delivery", "status", "message.ack", "messages.update"):
         for one in (key, unsaid):
             made = only({"instanceKey": KEY, "event": event, "data": {"key": one, "status": given}})
@@ -481,9 +511,13 @@ def test_a_message_that_could_not_be_decrypted_is_a_notice() -> None:
         (flat(KEY, {"senderKeyDistributionMessage": {"groupId": GROUP}}), "message_empty"),
         (flat(KEY, {"protocolMessage": {"type": 5}}), "protocol_message"),
         (flat(KEY, ..., update={"starred": True}), "message_update"),
-        ({"instance": KEY, "event": "Presence.Update", "data": {"id": CUSTOMER, "apikey": "s"}}, "presence.update"),
-        ({"instance": KEY, "event": "delivery", "data": {"x": 1}}, "delivery"),
-        ({"instance": KEY, "event": "delivery", "data": {"id": "A", "status": 3}}, "delivery"),
+        (
+            {"instance": KEY, "event": "Presence.Update", "data": {"id": CUSTOMER, "apikey": "s"}},
+            "gateway_presence.update",
+        ),
+        ({"instance": KEY, "event": "delivery", "data": {"x": 1}}, "gateway_delivery"),
+        ({"instance": KEY, "event": "delivery", "data": {"id": "A", "status": 3}}, "gateway_delivery"),
+        ({"instance": KEY, "event": "message_undecryptable", "data": {"x": 1}}, "gateway_message_undecryptable"),
     ],
 )
 def test_whatever_else_is_kept_as_a_notice(body: Any, type_: str) -> None:

@@ -350,8 +350,6 @@ OLD_ERROR = {"name": "INTERNAL_SERVER_ERROR", "message": "oops", "status": 500, 
         (an_answer("<html>", "413 Large"), Kind.PERMANENT, Scope.MESSAGE, "http_413"),
         (says(ERROR, "401 No"), Kind.AUTH, Scope.CHANNEL, "unauthorized"),
         (an_answer("", "401 No"), Kind.AUTH, Scope.CHANNEL, "unauthorized"),
-        (says(ERROR, "403 No"), Kind.AUTH, Scope.CHANNEL, "forbidden"),
-        (says(ERROR, "404 No"), Kind.AUTH, Scope.CHANNEL, "not_found"),
         (an_answer("", "302 Moved", location="https://elsewhere.example/"), Kind.AUTH, Scope.CHANNEL, "redirect"),
         (an_answer("", "307 Moved"), Kind.AUTH, Scope.CHANNEL, "redirect"),
         (PAGE, Kind.THROTTLE, Scope.NUMBER, "edge_blocked"),
@@ -376,31 +374,80 @@ def stands(status: str) -> bytes:
     return says({"error": False, "instance": {"key": KEY, "status": status}})
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "scope", "code"),
-    [
-        (stands("connected"), Kind.PERMANENT, Scope.MESSAGE, "rejected"),
-        (stands("disconnected"), Kind.SESSION, Scope.CHANNEL, "disconnected"),
-        (stands("opening"), Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
-        (PAGE, Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
-        (says({"error": True}, "500 Oops"), Kind.TRANSIENT, Scope.MESSAGE, "rejected"),
-    ],
-)
-def test_a_refusal_is_the_messages_only_while_the_instance_is_connected(
-    answer: bytes, kind: Kind, scope: Scope, code: str
-) -> None:
-    found, asked = heard(says(ERROR), answer)
+NOT_KNOWN = [stands("opening"), PAGE, says({"error": True}, "500 Oops")]
+REFUSALS = [("200 OK", "rejected"), ("400 Bad", "bad_request"), ("422 No", "http_422")]
+
+
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+def test_a_refusal_is_the_messages_only_while_the_instance_is_connected(status: str, code: str) -> None:
+    found, asked = heard(says(ERROR, status), stands("connected"))
+    away = taken_for(says(ERROR, status), stands("disconnected"))
 
     assert found.fault is not None
-    assert (found.outcome, found.fault.kind, found.fault.scope, found.fault.code) == (
-        Outcome.REFUSED,
-        kind,
-        scope,
-        code,
-    )
-    assert not found.fault.is_outage
-    assert found.fault.is_of_a_moment is (kind is Kind.PERMANENT)
+    assert away.fault is not None
+    assert (found.outcome, away.outcome) == (Outcome.REFUSED, Outcome.REFUSED)
+    assert (found.fault.kind, found.fault.scope, found.fault.code) == (Kind.PERMANENT, Scope.MESSAGE, code)
+    assert (away.fault.kind, away.fault.scope, away.fault.code) == (Kind.SESSION, Scope.CHANNEL, "disconnected")
+    assert (found.fault.is_of_a_moment, away.fault.is_of_a_moment) == (True, False)
     assert [one.line.split(" ")[:2] for one in asked][1:] == [["GET", f"/rest/instance/{KEY}"]]
+
+
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+@pytest.mark.parametrize("standing", NOT_KNOWN)
+def test_a_refusal_may_be_none_when_nobody_can_tell_how_the_instance_stands(
+    standing: bytes, status: str, code: str
+) -> None:
+    found = taken_for(says(ERROR, status), standing)
+
+    assert (found.outcome, found.fault and (found.fault.code, found.fault.text)) == (Outcome.UNKNOWN, (code, "oops"))
+
+
+def test_a_page_with_status_400_is_the_messages_and_nothing_more_is_asked() -> None:
+    found, asked = heard(an_answer("<html>", "400 Bad"), stands("disconnected"))
+
+    assert found.fault is not None
+    assert (found.fault.kind, found.fault.is_of_a_moment, len(asked)) == (Kind.PERMANENT, False, 1)
+
+
+NO_CALL = an_answer("<pre>Cannot POST</pre>", "404 Not Found", content_type="text/html")
+
+
+@pytest.mark.parametrize("answer", [NO_CALL, says(ERROR, "404 No"), says(ERROR, "403 No")])
+@pytest.mark.parametrize("status", ["connected", "opening"])
+def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_instance_is_known(
+    answer: bytes, status: str
+) -> None:
+    fault = taken_for(answer, stands(status)).fault
+    receipt = taken_for(answer, stands(status), message=an_outgoing("read", {"message_id": "A"})).fault
+
+    assert fault is not None
+    assert receipt is not None
+    code = "forbidden" if b"403" in answer else "http_404"
+    text = "the gateway knows the session, and yet has no call for this" if answer is NO_CALL else "oops"
+    assert (fault.kind, fault.scope, fault.code, fault.text) == (Kind.TRANSIENT, Scope.MESSAGE, code, text)
+    assert (fault.tries, fault.is_outage) == (3, False)
+    assert (receipt.kind, receipt.scope, receipt.is_of_a_moment) == (Kind.PERMANENT, Scope.MESSAGE, True)
+
+
+@pytest.mark.parametrize(
+    ("standing", "kind", "code"),
+    [
+        (stands("disconnected"), Kind.SESSION, "disconnected"),
+        (says(ERROR, "404 No"), Kind.AUTH, None),
+        (says(ERROR, "401 No"), Kind.AUTH, None),
+        (PAGE, Kind.AUTH, None),
+        (says(ERROR, "500 Oops"), Kind.AUTH, None),
+    ],
+)
+@pytest.mark.parametrize(("answer", "own"), [(NO_CALL, "not_found"), (says(ERROR, "403 No"), "forbidden")])
+def test_it_is_a_matter_of_the_channel_as_long_as_nothing_says_that_the_instance_is_known(
+    answer: bytes, own: str, standing: bytes, kind: Kind, code: str | None
+) -> None:
+    found = taken_for(answer, standing)
+
+    assert found.fault is not None
+    assert (found.outcome, found.fault.kind, found.fault.scope) == (Outcome.REFUSED, kind, Scope.CHANNEL)
+    assert found.fault.code == (code or own)
 
 
 def test_the_gateways_reason_is_shown_in_bounds() -> None:

@@ -361,7 +361,8 @@ def test_a_path_that_nobody_knows_is_not_found(api: httpx.Client, control: str) 
 def test_an_instance_that_is_away_does_not_send(all_of: httpx.Client, control: str) -> None:
     message = {"messageData": {"to": CUSTOMER, "text": "x"}}
 
-    for offline, status, error in (("error_true", 200, True), ("http404", 404, None), ("accept", 200, False)):
+    away = (("error_true", 200, True), ("http400", 400, True), ("http404", 404, None), ("accept", 200, False))
+    for offline, status, error in away:
         client.mega_rules(control, offline=offline)
         answer = all_of.post("/sendMessage/megastart-away/text", json=message)
         assert (answer.status_code, answer.json().get("error")) == (status, error)
@@ -476,6 +477,7 @@ def test_refusals_are_json_with_a_name_and_nothing_is_done(api: httpx.Client, co
         ("html502", 0),
         ("html502_after", 1),
         ("error_true", 0),
+        ("error_true_after", 1),
         ("garbage", 1),
         ("empty", 1),
         ("huge", 1),

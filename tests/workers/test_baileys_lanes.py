@@ -20,14 +20,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from models import Channel, Delivery, WebhookToken
-from pombal import db
+from pombal import db, metrics
 from pombal.ids import uuid7
 from pombal.settings import settings
 from providers.storage import storage
 from sandbox.files import make
 from tests.factories import Shop, a_shop, rows
 from tests.sandbox.servers import serve
-from tests.workers.sending import attempts, finish, lane, make_due, message, queue, send, statuses
+from tests.workers.sending import attempts, count_of, events, finish, lane, make_due, message, queue, send, statuses
 from tests.workers.test_media_sending import a_file
 from tests.workers.tools import run
 from workers import _standing
@@ -205,6 +205,33 @@ def test_a_refusal_while_the_session_is_closed_is_none_of_the_message() -> None:
         send(shop)
 
         assert (message(shop, id_)["status"], len(gateway.sent)) == ("sent", 2)
+
+
+def test_a_no_that_was_none_is_counted_as_a_double_when_its_echo_comes() -> None:
+    with a_gateway("evolution") as (gateway, shop):
+        gateway.answer = lambda: JSONResponse({"status": 400, "response": {"message": ["Error: Timed Out"]}}, 400)
+        (id_,) = queue(shop, "Olá", to=BIA)
+        send(shop)
+        gateway.answer = lambda: None
+        finish(shop)
+        doubles = count_of(metrics.double_sends, provider="baileys")
+
+        echo(shop, "3EB0CCCC", "Olá")
+
+        assert [(row["id"], row["status"]) for row in outgoing(shop)] == [(id_, "sent")]
+        assert (doubles(), len(gateway.sent), events(shop, id_)[-1]) == (1, 2, "sent_twice")
+
+
+def test_a_no_of_which_nobody_can_tell_is_never_sent_again_by_itself() -> None:
+    with a_gateway("evolution") as (gateway, shop):
+        gateway.answer = lambda: JSONResponse({"status": 400, "response": {"message": ["Error: Timed Out"]}}, 400)
+        gateway.state = "connecting"
+        (id_,) = queue(shop, "Olá", to=BIA)
+
+        finish(shop)
+
+        assert (message(shop, id_)["status"], outcomes(shop, id_), len(gateway.sent)) == ("unknown", ["unknown"], 1)
+        assert [attempt["error"] for attempt in attempts(shop, id_)] == ["Error: Timed Out"]
 
 
 def test_a_file_of_ours_goes_along_with_its_message() -> None:

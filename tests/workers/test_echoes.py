@@ -11,14 +11,14 @@ import pytest
 from sqlalchemy import text
 
 from models import Channel, Hold, Lane, outgoing
-from pombal import db
+from pombal import db, metrics
 from pombal.ids import uuid7
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
 from providers import inbound
 from providers.outbound import Answer, Fault, Kind, Outcome, Scope
 from tests.factories import Shop, a_shop, rows
-from tests.workers.sending import queue
+from tests.workers.sending import count_of, make_due, queue
 from workers._echoes import fingerprint
 from workers._effects import apply_items
 from workers._line import Line, Work
@@ -44,8 +44,8 @@ def shop() -> Shop:
 class Sending:
     """A message on its way: its call has left, and the test says what comes back when."""
 
-    def __init__(self, shop: Shop, *texts: str) -> None:
-        self.ids = queue(shop, *texts)
+    def __init__(self, shop: Shop, *texts: str, **body: Any) -> None:
+        self.ids = queue(shop, *texts, **body)
         line = Line.take(shop.channel.id, uuid4(), Pace(client_for_pace(settings().require_redis())))
         assert line is not None
         self.line = line
@@ -227,10 +227,10 @@ def test_an_ack_long_after_the_send_settles_nothing(shop: Shop) -> None:
 
 
 def earlier(shop: Shop, by: timedelta) -> None:
-    """The shop's attempts were begun so much earlier."""
+    """The shop's attempts were begun so much earlier, and those that are over ended so much earlier."""
     with db.session([shop.tenant.id]) as s:
         s.execute(
-            text("UPDATE attempt SET started_at = started_at - :by WHERE tenant_id = :t"),
+            text("UPDATE attempt SET started_at = started_at - :by, ended_at = ended_at - :by WHERE tenant_id = :t"),
             {"by": by, "t": shop.tenant.id},
         )
 
@@ -286,6 +286,138 @@ def test_an_echo_of_what_was_refused_shows_that_it_left_all_the_same(shop: Shop)
     hear(shop, an_echo("C10"))
 
     assert [(row["id"], row["status"]) for row in messages(shop)] == [(sending.ids[0], "sent")]
+
+
+REFUSED = Answer(
+    Outcome.REFUSED, fault=Fault(Kind.PERMANENT, Scope.MESSAGE, "rejected", "Timed Out", is_of_a_moment=True)
+)
+
+
+def again(shop: Shop, first: Sending) -> Sending:
+    """The next attempt at the same message, whose wait is over."""
+    first.line.release()
+    make_due(shop)
+    second = Sending(shop)
+    assert [work.id for work in second.works] == first.ids
+    return second
+
+
+def test_an_echo_of_what_was_refused_and_sent_once_more_is_a_double_and_no_message_of_its_own(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(REFUSED)
+    again(shop, first).answer(accepted("D2"))
+
+    assert hear(shop, an_echo("D1")) == first.ids
+    hear(shop, an_echo("D1"), an_echo("D2"))
+
+    assert [(row["id"], row["status"], row["provider_id"]) for row in messages(shop)] == [(first.ids[0], "sent", "D2")]
+    assert [event["status"] for event in events(shop, "message_status")][-2:] == ["sent", "sent_twice"]
+    assert attempted(shop) == [("accepted", "echo", "D1"), ("accepted", "answer", "D2")]
+
+
+def attempted(shop: Shop) -> list[tuple[Any, ...]]:
+    order = "SELECT outcome, settled_by, provider_id FROM attempt WHERE tenant_id = :tenant ORDER BY number"
+    return [tuple(row.values()) for row in rows(shop, order)]
+
+
+def test_an_ack_of_what_was_lost_and_sent_once_more_is_a_double(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(LOST)
+    with db.session([shop.tenant.id]) as s:
+        s.execute(text("UPDATE message SET due_at = NULL WHERE id = :id"), {"id": first.ids[0]})
+        assert outgoing.again(s, shop.tenant.id, first.ids[0])
+    again(shop, first).answer(accepted("D4"))
+
+    hear(shop, an_ack("D3"))
+
+    assert [(row["status"], row["provider_id"]) for row in messages(shop)] == [("sent", "D4")]
+    assert events(shop, "message_status")[-1]["status"] == "sent_twice"
+
+
+def test_both_echoes_of_a_message_that_was_sent_twice_without_an_id_are_its_own(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(REFUSED)
+    again(shop, first).answer(accepted(None))
+
+    hear(shop, an_echo("D5"), an_echo("D6"))
+
+    (row,) = messages(shop)
+    assert (row["id"], row["provider_id"] in ("D5", "D6")) == (first.ids[0], True)
+    assert [event["status"] for event in events(shop, "message_status")].count("sent_twice") == 1
+    assert sorted(attempted(shop)) == [("accepted", "echo", "D5"), ("accepted", "echo", "D6")]
+
+
+def test_an_echo_goes_to_what_has_no_id_yet_before_it_is_taken_for_a_double(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(REFUSED)
+    second = again(shop, first)
+    second.answer(accepted("D7"))
+    second.line.release()
+    other = Sending(shop, "Olá")
+    other.answer(LOST)
+
+    assert hear(shop, an_echo("D8")) == other.ids
+    assert events(shop, "message_status")[-1]["status"] == "sent"
+
+
+def test_a_refusal_long_ago_is_no_double_of_what_is_typed_now(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(REFUSED)
+    again(shop, first).answer(accepted("D9"))
+    earlier(shop, timedelta(minutes=11))
+
+    hear(shop, an_echo("D10"))
+
+    assert [row["provider_id"] for row in messages(shop)] == ["D9", "D10"]
+
+
+def test_an_echo_before_the_second_answer_is_no_double_of_it(shop: Shop) -> None:
+    first = Sending(shop, "Olá")
+    first.answer(REFUSED)
+    second = again(shop, first)
+    doubles = count_of(metrics.double_sends, provider="megaapi")
+
+    hear(shop, an_echo("D11"))
+    second.answer(accepted("D11"))
+
+    assert [(row["id"], row["provider_id"]) for row in messages(shop)] == [(first.ids[0], "D11")]
+    assert attempted(shop) == [("refused", "answer", None), ("accepted", "echo", "D11")]
+    assert doubles() == 0
+
+
+PICTURE = {"image": {"link": "https://example.com/bolo.jpg"}}
+
+
+def an_echo_of_a_picture(provider_id: str) -> inbound.Message:
+    return msgspec.structs.replace(an_echo(provider_id), type="image", body={"image": {"mime_type": "image/jpeg"}})
+
+
+@pytest.mark.parametrize("answer", [None, LOST, accepted(None)], ids=["no answer yet", "a lost one", "one without id"])
+def test_a_file_may_have_waited_for_others_and_taken_its_time_before_its_echo_comes(
+    shop: Shop, answer: Answer | None
+) -> None:
+    sending = Sending(shop, image=PICTURE["image"])
+    earlier(shop, timedelta(minutes=9))
+    if answer is not None:
+        sending.answer(answer)
+
+    assert hear(shop, an_echo_of_a_picture("E1")) == sending.ids
+
+
+def test_a_picture_that_comes_long_after_the_answer_is_another_one(shop: Shop) -> None:
+    sending = Sending(shop, image=PICTURE["image"])
+    sending.answer(LOST)
+    earlier(shop, timedelta(minutes=3))
+
+    assert hear(shop, an_echo_of_a_picture("E2")) != sending.ids
+
+
+def test_a_call_whose_process_died_was_not_under_way_until_somebody_found_that_out(shop: Shop) -> None:
+    sending = Sending(shop, "Olá")
+    earlier(shop, timedelta(hours=5))
+    sending.answer(LOST)
+
+    assert hear(shop, an_echo("E3")) != sending.ids
 
 
 def test_an_ack_settles_nothing_while_the_answer_is_on_its_way(shop: Shop) -> None:

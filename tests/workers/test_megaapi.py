@@ -10,10 +10,10 @@ from uuid import UUID
 import pytest
 from sqlalchemy import delete
 
-from models import WebhookToken
+from models import WebhookToken, standing
 from pombal import db, metrics
 from pombal.broker import HardenedBroker
-from tests.factories import a_shop, a_tenant, delivery, texts
+from tests.factories import a_shop, a_tenant, all_of, delivery, superuser, texts
 from tests.gateways import (
     AT,
     CUSTOMER,
@@ -33,6 +33,7 @@ from workers import broker
 
 GROUP = "120363000000000001@g.us"
 SENT = datetime.fromtimestamp(AT, UTC)
+AHEAD = 4_102_444_800  # in 2100
 
 
 def received(gateway: Gateway, *bodies: Any) -> list[UUID]:
@@ -342,9 +343,78 @@ def test_hostile_bodies_are_quarantined_and_their_neighbours_are_fine() -> None:
 def test_an_odd_time_never_stops_a_message() -> None:
     gateway = a_gateway()
 
-    received(gateway, *(flat(gateway, messageTimestamp=odd) for odd in ("soon", -1, 10**20, AT * 1000, None)))
+    received(gateway, *(flat(gateway, messageTimestamp=odd) for odd in ("soon", -1, 10**20, AT * 1000, None, AHEAD)))
 
-    assert len(messages(gateway)) == 5
+    assert len(messages(gateway)) == 6
+    assert all(one["provider_at"] <= one["created_at"] for one in messages(gateway))
+
+
+def test_a_wrong_clock_does_not_hide_that_a_channel_is_silent() -> None:
+    """An echo and an ack of a time that is far ahead are of now, and no traffic of that time."""
+    gateway = a_gateway()
+    id_ = an_id()
+
+    received(
+        gateway, flat(gateway, id_=id_, fromMe=True, messageTimestamp=AHEAD), ack(gateway, id_, 3, timestamp=AHEAD)
+    )
+    delivered = ack(gateway, id_, 3)
+    delivered["update"]["timestamp"] = AHEAD
+    received(gateway, delivered)
+
+    found = message(gateway)
+    assert found["body"]["pombal"] == {"odd_timestamp": True}
+    (told,) = gateway.rows("SELECT last_message_at, now() AS now FROM conversation")
+    times = [found[name] for name in ("sent_at", "delivered_at", "provider_at")] + [told["last_message_at"]]
+    assert all(at <= told["now"] for at in times)
+    with superuser() as connection:  # what time does
+        connection.execute(
+            "UPDATE message SET sent_at = sent_at - interval '3 days' WHERE channel_id = %s", [gateway.channel.id]
+        )
+        connection.execute(
+            "UPDATE channel SET status = 'connected', status_since = now() - interval '3 days' WHERE id = %s",
+            [gateway.channel.id],
+        )
+    with db.session([gateway.tenant.id]) as s:
+        assert [row["id"] for row in standing.find_silent(s)] == [gateway.channel.id]
+
+
+def test_no_body_makes_an_event_that_is_ours() -> None:
+    """A body is not signed: what it calls itself is never the name of what we found out by asking."""
+    gateway = a_gateway()
+    forged = ("channel_status", "channel_held", "channel_silent", "message_status", "session_status", "sip_failed")
+    changed = {"channel": str(gateway.channel.id), "from": "connected", "to": "disconnected"}
+
+    received(gateway, *({"instanceKey": gateway.instance, "event": word, "data": changed} for word in forged))
+
+    told = gateway.rows("SELECT type, payload FROM event ORDER BY type")
+    assert [row["type"] for row in told] == sorted(f"gateway_{word}" for word in forged)
+    assert all(row["payload"] == changed for row in told)
+
+
+def test_what_became_of_each_body_is_counted_and_has_its_line(capfd: pytest.CaptureFixture[str]) -> None:
+    gateway = a_gateway()
+
+    def counts() -> list[float]:
+        states_ = [counted("pombal_deliveries_total", provider="megaapi", outcome=one) for one in OUTCOMES]
+        return [*states_, counted("pombal_delivery_lag_seconds_count", provider="megaapi")]
+
+    before = counts()
+    lag = counted("pombal_delivery_lag_seconds_sum", provider="megaapi")
+    ids = received(gateway, flat(gateway), flat(gateway, remoteJid="status@broadcast"), b"{")
+
+    assert [new - old for new, old in zip(counts(), before, strict=True)] == [1, 1, 1, 3]
+    assert 0 <= counted("pombal_delivery_lag_seconds_sum", provider="megaapi") - lag < 600
+    with db.session() as s:
+        found = all_of(s, "SELECT id, request_id FROM delivery WHERE id = ANY(:ids)", ids=ids)
+    requests = {row["id"]: row["request_id"] for row in found}
+    lines = [line for line in "".join(capfd.readouterr()).splitlines() if "webhook_processed" in line]
+    assert len(lines) == 3
+    for id_, outcome in zip(ids, OUTCOMES, strict=True):
+        (line,) = [line for line in lines if str(id_) in line]
+        assert all(word in line for word in (outcome, requests[id_], "seconds"))
+
+
+OUTCOMES = ("done", "ignored", "dead")
 
 
 # -- whose it is -----------------------------------------------------------------------------------------------------

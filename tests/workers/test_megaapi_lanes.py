@@ -23,11 +23,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from models import Channel, Hold, Lane
-from pombal import db
+from pombal import db, metrics
 from pombal.ids import uuid7
 from pombal.pace import Pace, client_for_pace
 from pombal.settings import settings
-from providers import inbound
+from providers import inbound, megaapi_webhook
 from providers.storage import storage
 from sandbox import client
 from sandbox.config import MegaInstance
@@ -40,6 +40,7 @@ from tests.workers.sending import (
     another_process,
     attempts,
     configure,
+    count_of,
     finish,
     lane,
     letters,
@@ -588,6 +589,62 @@ def test_a_token_that_is_refused_holds_the_channel(gateway: Gateway, shop: Shop)
     assert statuses(shop) == ["sent"] * 5
 
 
+def no_call(call: Call) -> Response:
+    return HTMLResponse(f"<pre>Cannot POST {call.place}</pre>", 404)
+
+
+def test_a_call_that_the_gateway_has_not_costs_its_message_alone(gateway: Gateway, shop: Shop) -> None:
+    gateway.answer = lambda call: no_call(call) if call.place == "contactMessage" else None
+    card = {"name": {"formatted_name": "Ana"}, "phones": [{"phone": "+55 11 98888-0002"}]}
+    (lacking,) = queue(shop, to=BIA, contacts=[card])
+    others = [queue(shop, "Olá", to=whom)[0] for whom in (BIA, *people(4))]
+
+    send(shop)
+    assert lane(shop)["hold"] is None
+    finish(shop)
+
+    assert [message(shop, id_)["status"] for id_ in others] == ["sent"] * 5
+    assert shown(shop, lacking, "status", "error_code") == ("failed", "http_404")
+    assert (lane(shop)["hold"], outcomes(shop, lacking)) == (None, ["refused"] * 3)
+    assert [letter["message_id"] for letter in letters(shop)] == [lacking]
+
+
+def test_a_receipt_that_the_gateway_has_no_call_for_stops_nothing(gateway: Gateway, shop: Shop) -> None:
+    gateway.answer = lambda call: no_call(call) if call.place == "readMessage" else None
+    (receipt,) = queue(shop, to=BIA, read={"message_id": somebody_writes(shop)})
+    (text,) = queue(shop, "Olá", to=BIA)
+
+    finish(shop)
+
+    assert [message(shop, id_)["status"] for id_ in (receipt, text)] == ["failed", "sent"]
+    assert (lane(shop)["hold"], letters(shop)) == (None, [])
+
+
+def test_a_drop_that_the_gateway_answers_with_400_fails_nothing(gateway: Gateway, shop: Shop) -> None:
+    refusal = JSONResponse({"error": True, "message": "phone is not connected"}, 400)
+    gateway.answer, gateway.status = lambda call: refusal, "disconnected"
+    ids = [queue(shop, "Olá", to=whom)[0] for whom in people(5)]
+
+    send(shop)
+
+    assert lane(shop)["hold"] == "disconnected"
+    assert {shown(shop, id_, "status", "tries") for id_ in ids} == {("queued", 0)}
+
+
+def test_a_no_while_nobody_can_tell_how_the_instance_stands_is_not_sent_again_by_itself(
+    gateway: Gateway, shop: Shop
+) -> None:
+    gateway.answer = lambda call: JSONResponse({"error": True, "message": "Timed Out"})
+    gateway.status = "connecting"
+    (lost,) = queue(shop, "Olá")
+
+    finish(shop)
+
+    assert (shown(shop, lost, "status", "attempts"), len(gateway.calls)) == (("unknown", 1), 1)
+    hear(shop, an_echo("3EB0LATE"))
+    assert shown(shop, lost, "status", "provider_id") == ("sent", "3EB0LATE")
+
+
 def test_the_edge_that_turns_us_away_pauses_the_channel_and_burns_no_try(gateway: Gateway, shop: Shop) -> None:
     gateway.answer = lambda call: HTMLResponse("<title>Attention Required! | Cloudflare</title>", 403)
     (id_,) = queue(shop, "Olá")
@@ -660,6 +717,39 @@ def test_what_fails_after_its_acceptance_is_not_judged_by_metas_codes(gateway: G
 
     assert message(shop, id_)["status"] == "failed"
     assert len(gateway.calls) == 1
+
+
+@pytest.mark.parametrize("is_first", [False, True], ids=["after the answer", "before it"])
+def test_what_whatsapp_did_not_take_after_all_says_so(
+    gateway: Gateway, shop: Shop, is_first: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tell(id_: str) -> None:
+        key = {"remoteJid": f"{SOMEBODY[1:]}@s.whatsapp.net", "fromMe": True, "id": id_}
+        said = {"instance_key": KEY, "messageType": "message.ack", "key": key, "update": {"status": 0}}
+        parsed = megaapi_webhook.parse(json.dumps(said).encode(), datetime.now(UTC))
+        hear(shop, *(item for change in parsed.changes for item in change.items))
+
+    def answer(call: Call) -> Response | None:
+        if not is_first:
+            return None
+        tell("3EB0NOT")
+        key = {"remoteJid": call.to, "fromMe": True, "id": "3EB0NOT"}
+        return JSONResponse({"error": False, "message": "ok", "messageData": {"key": key}})
+
+    gateway.answer = answer
+    failures = count_of(metrics.messages, direction="out", provider="megaapi", outcome="failed")
+    (id_,) = queue(shop, "Olá")
+    send(shop)
+    if not is_first:
+        tell(message(shop, id_)["provider_id"])
+    finish(shop)
+
+    text = "the gateway says that WhatsApp did not take it"
+    assert shown(shop, id_, "status", "error_code", "error") == ("failed", "ack_error", text)
+    assert (failures(), len(gateway.calls), lane(shop)["hold"]) == (1, 1, None)
+    said = "".join(capsys.readouterr())
+    assert said.count("message_failed") == 1
+    assert "ack_error" in said
 
 
 @pytest.mark.parametrize(("kind", "per_second"), [("megaapi", 5), ("stub", 80), ("meta", 80)])

@@ -8,18 +8,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 from dramatiq import Worker
-from sqlalchemy import func, select, text
+from sqlalchemy import RowMapping, func, select, text
 from sqlalchemy.orm import Session
 
 from models import Channel, Hold, Lane, Lease, SessionState, SyncReport, Tenant, WaSession, standing
 from models.sync_report import LEASE
-from pombal import db
+from pombal import db, metrics
 from pombal.broker import redis_client
+from pombal.cli import gateways
+from pombal.cli.baileys import BaileysConfig
 from pombal.errors import Permanent
 from pombal.settings import settings
 from tests.factories import a_tenant, superuser
@@ -38,9 +40,9 @@ from tests.workers.gateways import (
 from tests.workers.tools import PATIENCE, in_background, until, until_somebody_waits_for_a_lock
 from workers import _standing, broker
 from workers.channel_session import status_check
-from workers.status_sync import ring_reports, status_sync, status_sync_tick, stop
+from workers.status_sync import Sync, ring_reports, status_sync, status_sync_tick, stop
 
-CHANGES = "channel_status"
+CHANGES, RESUMED = "channel_status", "channel_resumed"
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,30 @@ def told(channel: Channel) -> None:
     """A webhook came in just now that said something about this channel's session."""
     with superuser() as connection:
         connection.execute("UPDATE channel SET told_at = clock_timestamp() WHERE id = %s", [channel.id])
+
+
+def set_hold(channel: Channel) -> None:
+    """As a send does that met a drop: of the channel itself nothing is known of it yet."""
+    with db.session([channel.tenant_id]) as s:
+        Lane.ensure(s, channel.tenant_id, channel.id)
+        Lane.set_hold(s, channel.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+
+
+def is_rung_for(channel: Channel) -> bool:
+    """Whether a bell of the channel's lane was rung."""
+    with redis_client() as client:
+        bodies: Any = client.hvals("dramatiq:outgoing_message.msgs")
+    return any(str(channel.id).encode() in body for body in bodies)
+
+
+def counted(name: str, **labels: str) -> float:
+    return metrics.REGISTRY.get_sample_value(name, labels) or 0
+
+
+def written(capfd: pytest.CaptureFixture[str], event: str, *words: object) -> list[str]:
+    """The lines of this name since the last look that have all these words."""
+    lines = "".join(capfd.readouterr()).splitlines()
+    return [line for line in lines if event in line and all(str(word) in line for word in words)]
 
 
 def hold(channel: Channel) -> str | None:
@@ -242,8 +268,46 @@ def test_a_disconnect_holds_the_lane_and_a_recovery_lets_it_go_on() -> None:
         ("connected", "disconnected"),
         ("disconnected", "connected"),
     ]
-    with redis_client() as client:
-        assert any(str(channel.id).encode() in body for body in client.hvals("dramatiq:outgoing_message.msgs"))
+    assert len(events(tenant, RESUMED)) == 1
+    assert is_rung_for(channel)
+
+
+def test_each_change_is_counted_and_has_its_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def counts() -> dict[str, float]:
+        names = [("changes", "status"), ("polls", "outcome")]
+        words = ("connected", "disconnected", "unknown", "refused")
+        labels = {f"{name} {word}": (name, label, word) for name, label in names for word in words}
+        found = {
+            key: counted(f"pombal_{'channel_changes' if name == 'changes' else 'status_polls'}_total",
+                         **{"provider": "megaapi", label: word})
+            for key, (name, label, word) in labels.items()
+        }  # fmt: skip
+        return found | {"rounds": counted("pombal_sync_round_seconds_count", outcome="done")}
+
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel, quiet = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        synced(tenant)
+        before = counts()
+        written(capfd, "")
+        for says in ("disconnected", Answer(401, b"{}"), "connected"):
+            gateway.says[channel.name] = says
+            synced(tenant)
+
+    more = {name: count - before[name] for name, count in counts().items() if count != before[name]}
+    assert more == {
+        "changes disconnected": 1,
+        "changes unknown": 1,
+        "changes connected": 1,
+        "polls disconnected": 1,
+        "polls refused": 1,
+        "polls connected": 4,
+        "rounds": 3,
+    }
+    lines = written(capfd, "channel_status_changed")
+    assert [(str(channel.id) in line, str(tenant.id) in line) for line in lines] == [(True, True)] * 3
+    assert [str(quiet.id) in line for line in lines] == [False] * 3
+    assert "refused" in lines[1]
 
 
 def test_an_operators_hold_outlives_a_recovery() -> None:
@@ -260,18 +324,56 @@ def test_an_operators_hold_outlives_a_recovery() -> None:
     assert (stored(channel)["status"], hold(channel)) == ("connected", Hold.OPERATOR)
 
 
-def test_a_lane_that_was_held_by_an_old_look_is_let_go_by_the_next_round() -> None:
+def test_a_lane_that_was_held_by_an_old_look_is_let_go_by_the_next_round(capfd: pytest.CaptureFixture[str]) -> None:
     tenant = a_tenant()
     with a_gateway() as gateway:
         channel = a_channel(gateway, tenant)
         synced(tenant)
-        with db.session([tenant.id]) as s:
-            Lane.ensure(s, tenant.id, channel.id)
-            Lane.set_hold(s, channel.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+        set_hold(channel)
 
         synced(tenant)
 
     assert hold(channel) is None
+    assert (len(events(tenant, RESUMED)), len(written(capfd, RESUMED, channel.id))) == (1, 1)
+    assert is_rung_for(channel)
+
+
+def test_a_lane_that_a_send_held_is_let_go_by_the_check_that_finds_it_connected(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The session was back before anybody asked: to the channel that is no news, but its messages wait."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        set_hold(channel)
+        say(channel)
+
+        status_check(str(channel.id))
+
+        assert hold(channel) is None
+        assert (len(events(tenant, RESUMED)), len(written(capfd, RESUMED, channel.id))) == (1, 1)
+        assert is_rung_for(channel)
+        say(channel)
+        status_check(str(channel.id))
+
+    assert len(events(tenant, RESUMED)) == 1  # nothing held it any more
+    assert [one["to"] for one in events(tenant, CHANGES)] == ["connected"]
+
+
+def test_a_check_that_finds_nothing_out_lets_no_lane_go() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        channel = a_channel(gateway, tenant)
+        synced(tenant)
+        set_hold(channel)
+        gateway.says[channel.name] = Answer(401, b"{}")
+        say(channel)
+
+        status_check(str(channel.id))
+
+    assert (stored(channel)["status"], stored(channel)["unknown_reason"]) == ("connected", "refused")
+    assert (hold(channel), events(tenant, RESUMED)) == (Hold.DISCONNECTED, [])
 
 
 def test_a_recovery_does_not_end_a_pause_that_the_provider_asked_for() -> None:
@@ -347,9 +449,7 @@ def test_a_look_for_silence_that_takes_too_long_costs_nothing_else(monkeypatch: 
     with a_gateway() as gateway:
         channel = a_channel(gateway, tenant)
         synced(tenant)
-        with db.session([tenant.id]) as s:
-            Lane.ensure(s, tenant.id, channel.id)
-            Lane.set_hold(s, channel.id, Hold.DISCONNECTED, code="disconnected", reason="…")
+        set_hold(channel)
 
         assert synced(None)["checked"] == 1
 
@@ -361,7 +461,7 @@ def test_a_look_for_silence_that_takes_too_long_costs_nothing_else(monkeypatch: 
         assert Lease.take(s, LEASE, uuid.uuid4(), timedelta(seconds=1))
 
 
-def test_a_due_round_ends_by_its_tick_however_late_its_report_was_made() -> None:
+def test_what_a_due_round_has_waited_counts_from_its_tick_however_late_its_report_was_made() -> None:
     with db.session() as s:
         id_, _ = SyncReport.open(s, None, is_dry=False, is_due=True)
     with superuser() as connection:
@@ -379,6 +479,19 @@ def test_a_due_round_ends_by_its_tick_however_late_its_report_was_made() -> None
     assert row is not None
     assert found is not None
     assert row["waited"] - found[0] == pytest.approx(40, abs=10)
+
+
+@pytest.mark.parametrize("channels", [1, 100, 5_000])
+@pytest.mark.parametrize("waited", [0.0, 2.0, 13.0])
+def test_a_due_round_is_over_a_minute_after_its_tick(waited: float, channels: int) -> None:
+    """13 seconds are far more than it waits for a round that gives way."""
+    asked = {"id": uuid.uuid4(), "tenant_id": None, "is_dry": False, "is_due": True, "waited": waited, "result": None}
+    sync = Sync(cast(RowMapping, asked), uuid.uuid4())
+
+    seconds, spread = sync._times(channels)
+
+    assert waited + seconds < 60
+    assert 0 < spread <= min(45, seconds - 10)
 
 
 def test_silence_is_told_apart_and_its_end_too() -> None:
@@ -819,6 +932,30 @@ def test_checks_of_a_host_that_never_answers_are_left_to_the_rounds(easily_tired
         assert sum(gateway.asked.values()) == 5
 
 
+def test_a_host_of_the_operators_that_never_answers_is_not_the_other_kinds(
+    easily_tired: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels without a host of their own are at one for each kind."""
+    tenant = a_tenant()
+    with a_gateway() as hanging, a_gateway() as other:
+        hanging.usual = nobody()
+        monkeypatch.setenv("MEGA_API_HOST", hanging.address)
+        monkeypatch.setenv("BACKEND_URL", other.address)
+        settings.cache_clear()
+        channels = [a_channel(hanging, tenant) for _ in range(6)]
+        for channel in channels:
+            set_stored(channel, config=json.dumps({"instance_key": channel.name, "token_kind": "instance"}))
+        session, _ = gateways.add_baileys_channel(
+            tenant, "shop", BaileysConfig(gateway="evolution", session="shop", api_key="a-key")
+        )
+        for channel in channels:
+            status_check(str(channel.id), 3)
+
+        status_check(str(session.id), 3)
+
+        assert (sum(hanging.asked.values()), sum(other.asked.values())) == (5, 1)
+
+
 def test_a_check_of_nothing_is_no_trouble() -> None:
     status_check(str(uuid.uuid4()))
     with pytest.raises(Permanent):
@@ -866,7 +1003,6 @@ def test_rounds_do_not_overlap_and_who_waits_is_rung_for() -> None:
 
         waiting = asked_for(other)
         status_sync(str(waiting))
-        status_sync_tick()
 
         assert gateway.asked[theirs.name] == 0
         assert report(waiting)["state"] == "pending"
@@ -874,15 +1010,67 @@ def test_rounds_do_not_overlap_and_who_waits_is_rung_for() -> None:
         gate.release()
         done()
         gateway.says.clear()
-        ((whole,),) = bells("status_sync")
-        assert report(UUID(whole))["tenant_id"] is None  # a round over all comes before a tenant's
+        assert bells("status_sync") == [[str(waiting)]]
+        whole = asked_for(None)
         status_sync(str(waiting))
-        assert report(waiting)["state"] == "pending"
-        status_sync(whole)
+        assert report(waiting)["state"] == "pending"  # a round over all comes before a tenant's
+        status_sync(str(whole))
         status_sync(str(waiting))
 
-        assert [report(waiting)["state"], report(UUID(whole))["state"]] == ["done", "done"]
+        assert [report(waiting)["state"], report(whole)["state"]] == ["done", "done"]
         assert gateway.most_in_flight <= 2
+
+
+def test_a_round_that_is_due_does_not_wait_for_a_tenants() -> None:
+    """That one gives way, in the midst of a host that does not answer, and is made after."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        stuck, theirs = a_channel(gateway, tenant), a_channel(gateway)
+        gate = gateway.says[stuck.name] = Gate()
+        asked = asked_for(tenant)
+        done = in_background(lambda: status_sync(str(asked)))
+        gate.wait_until_asked()
+
+        status_sync_tick()
+        done()
+
+        assert report(asked)["state"] == "pending"
+        assert stored(stuck)["unknown_since"] is None  # that we stopped says nothing of it
+        ((whole,),) = bells("status_sync")
+        assert (report(UUID(whole))["is_due"], report(UUID(whole))["state"]) == (True, "pending")
+        status_sync(str(asked))
+        assert report(asked)["state"] == "pending"  # whoever is rung for it, it is after that one
+        gateway.says.clear()
+        broker.flush(status_sync.queue_name)
+        status_sync(whole)
+        assert bells("status_sync") == [[str(asked)]]
+        status_sync(str(asked))
+
+        assert [report(UUID(whole))["state"], report(asked)["state"]] == ["done", "done"]
+        assert stored(theirs)["status"] == "connected"
+
+
+def test_a_round_that_gave_way_tells_at_last_what_it_had_changed_before() -> None:
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        quick, stuck = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        gate = gateway.says[stuck.name] = Gate()
+        asked = asked_for(tenant)
+        done = in_background(lambda: status_sync(str(asked)))
+        gate.wait_until_asked()
+        until(lambda: stored(quick)["status"] == "connected", "what is written down of the one that answers")
+        whole = asked_for(None)
+        done()
+        assert report(asked)["state"] == "pending"
+        gate.release("disconnected")
+        status_sync(str(whole))
+
+        status_sync(str(asked))
+
+    result = report(asked)["result"]
+    assert [(one["channel"], one["to"]) for one in result["changed"]] == [(str(quick.id), "connected")]
+    assert [(one["channel"], one["stored"]) for one in result["differs"]] == [(str(quick.id), "unknown")]
+    assert (result["checked"], stored(stuck)["status"]) == (2, "disconnected")
 
 
 def test_a_due_round_is_skipped_while_one_over_all_runs() -> None:
