@@ -29,6 +29,7 @@ from pombal.middleware import (
     FailSafeRetries,
     JobMetrics,
     LogContext,
+    Settled,
     SigtermOnce,
     Watchdog,
     is_redis_trouble,
@@ -266,6 +267,7 @@ def _middleware() -> list[Middleware]:
         PeriodiqMiddleware(skip_delay=55),  # a tick that is older is left to the next one
         TimeLimit(time_limit=TIME_LIMIT_MS, interval=1_000),  # innermost: its end must not fall into the others' hooks
         SigtermOnce(),
+        Settled(),
     ]
 
 

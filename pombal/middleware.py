@@ -19,7 +19,7 @@ from dramatiq.errors import Retry
 from dramatiq.middleware import Middleware, Retries
 
 from models.dead_letter import DeadLetter, letter
-from pombal import db, log, metrics
+from pombal import db, garbage, log, metrics
 from pombal.errors import Permanent
 
 _log = log.get()
@@ -197,6 +197,13 @@ class SigtermOnce(Middleware):
                 installed(signum, frame)
 
         signal.signal(signal.SIGTERM, once)
+
+
+class Settled(Middleware):
+    """Has what a worker process has imported left alone by the search for garbage."""
+
+    def after_process_boot(self, broker: Broker) -> None:
+        garbage.settled()
 
 
 class Watchdog(Middleware):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
@@ -114,8 +115,9 @@ def transport(
     return _AsyncTransport(_AsyncBackend(allowed, lookup), verify or ssl_context(), rules)
 
 
+@cache
 def ssl_context() -> ssl.SSLContext:
-    """Certificates are verified, always. Made once and shared: it takes some 10 ms."""
+    """Certificates are verified, always. Made once and shared: it takes some 20 ms."""
     return httpx.create_ssl_context(trust_env=False)
 
 

@@ -31,10 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.dont_write_bytecode = False
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return  # the one that hands the tests out runs none itself
+    from pombal import garbage
     from pombal.local import ensure_roles_and_database, start_postgres, start_valkey
     from pombal.secrets import new_fernet_key
     from pombal.settings import settings
 
+    garbage.starting()
     data = Path(tempfile.mkdtemp(prefix="pombal-tests-"))
     _running.callback(shutil.rmtree, data, ignore_errors=True)
     postgres = _running.enter_context(start_postgres(data, settings={"fsync": "off", "log_min_messages": "fatal"}))
@@ -56,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
     from pombal.cli.fleet import upgrade
 
     upgrade()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All modules and thousands of tests are there now, and stay: no test spends its time on looking through them."""
+    from pombal import garbage
+
+    garbage.settled()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -8,10 +8,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import msgspec
 
-from pombal import __version__
+from pombal import __version__, garbage
 from pombal.errors import PombalError
 from pombal.settings import data_folder
 from sandbox.kinds import (
@@ -28,6 +29,7 @@ Setup = Callable[[argparse.ArgumentParser], None]
 _NARROWEST = 24  # characters of a column that is cut
 
 
+@cache
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="pombal", description="Keeps a company's messaging channels alive.")
     top.add_argument("--version", action="version", version=f"pombal {__version__}")
@@ -390,13 +392,16 @@ def parser() -> argparse.ArgumentParser:
     register.add_argument("--dry-run", action="store_true", help="tell what would be done; only DNS is asked")
     register.add_argument("--allow-downgrade", action="store_true", help="forget which digest was accepted last")
     register.add_argument("--take-over", action="store_true", help="make an account of a controller ours")
+    register.add_argument("--all", action="store_true", help="all that are enabled and ours, without waiting")
+    register.add_argument("--host", default=None, help="with --all: only those with this host, or proxy")
     leave = _add(sip, "unregister", "sip:unregister", "end a binding, and begin none until `register`")
     for word in (register, leave):
         word.add_argument("--wait", type=_count(600, 0), default=40, metavar="SECONDS", help="0: do not wait (40)")
     remove = _add(sip, "remove", "sip:remove", "end its binding, then forget it")
     remove.add_argument("--yes", action="store_true", help="do not ask")
     for word in (change, display, register, leave, remove):
-        word.add_argument("account", help="TENANT/NAME, its name, its id, or the end of that")
+        nargs = "?" if word is register else None
+        word.add_argument("account", nargs=nargs, help="TENANT/NAME, its name, its id, or the end of that")
         word.add_argument("--tenant", default=None, help="only this one's accounts")
 
     template = _group(commands, "template", "message templates, and what Meta thinks of them")
@@ -456,8 +461,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    """Run one command; returns its exit code. Without `argv` it is the process's own, and this all the process does."""
+    if argv is not None:
+        return _run(argv)
+    garbage.starting()
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        garbage.ending()
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments = parse(list(argv))
     module, _, function = arguments.does.partition(":")
     try:
         result: int = getattr(importlib.import_module(f"pombal.cli.{module}"), function)(arguments)

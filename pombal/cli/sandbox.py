@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from pombal import garbage
 from pombal.cli import as_json, table
 from pombal.cli import say as tell
 from pombal.errors import PombalError
@@ -19,6 +20,7 @@ class SandboxAway(PombalError):
 def sandbox(given: Namespace) -> int:
     from sandbox.app import main
 
+    garbage.settled()
     config = given.config or str(data_folder() / "sandbox.json")
     ports = {"--sip-port": given.sip_port, "--drachtio-port": given.drachtio_port}
     more = [word for option, port in ports.items() if port is not None for word in (option, port)]

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
+from pombal import garbage
 from pombal.cli import as_json, say, table
 from pombal.cli.admin import Refused
 from pombal.errors import PombalError, Rejected
@@ -210,6 +211,7 @@ def follow(given: Namespace) -> int:
             raise Refused(f"--gateway: {error}") from None
     from workers._follower import Wanted, main
 
+    garbage.settled()
     # Who starts a Procfile's line without a shell hands the variable's name on.
     logs = [one for one in given.logs if one != "$GATEWAY_LOGS"]
     if not logs:

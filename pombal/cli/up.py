@@ -26,6 +26,7 @@ from uuid import UUID
 
 import msgspec
 
+from pombal import garbage
 from pombal.cli import default_data, say
 from pombal.cli.fleet import queues, upgrade
 from pombal.errors import Misconfigured, PombalError
@@ -98,6 +99,7 @@ def up(given: Namespace) -> int:
             target=_welcome, args=(supervisor, demo, wanted, given.port, began, data), name="welcome", daemon=True
         ).start()
         ending.supervisor = supervisor
+        garbage.settled()
         code = supervisor.run()
         say("pombal: stopping the servers")
     return code

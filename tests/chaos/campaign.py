@@ -1,8 +1,6 @@
 """Messages on their way out through a whole fleet, and the provider's journal to hold its rows against."""
 
 import json
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,7 @@ from uuid import uuid4
 import httpx
 
 from sandbox import client
-from tests.chaos.fleet import ROOT, Fleet, until
+from tests.chaos.fleet import Fleet, until
 
 FINAL = ("sent", "delivered", "read")
 
@@ -35,7 +33,7 @@ class Campaign:
         self.sandbox = str(fleet.demo["sandbox"]["meta"])
         self.asked: dict[str, str] = {}  # text → message id
         self.order: dict[tuple[str, str], list[str]] = defaultdict(list)  # (channel, recipient) → texts as accepted
-        self._shops = shops = self._made(tenants, channels, config)
+        self._shops = shops = fleet.shops(tenants, channels, **config)
         self.introduce()
         self.ways = [
             Way(shop["tenant_id"], shop["api_key"], channel["id"], channel["name"])
@@ -43,14 +41,6 @@ class Campaign:
             for channel in shop["channels"]
         ]
         client.clear_calls(self.sandbox)
-
-    def _made(self, tenants: int, channels: int, config: dict[str, Any]) -> list[dict[str, Any]]:
-        words = [sys.executable, "-m", "tests.chaos.make_shops", str(tenants), str(channels), json.dumps(config)]
-        env = self.fleet.environment(POMBAL_DATA=str(self.fleet.data))
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        made: list[dict[str, Any]] = json.loads(done.stdout)
-        return made
 
     def introduce(self) -> None:
         """Tell the simulated Meta of the channels: a fleet that starts writes its file anew."""

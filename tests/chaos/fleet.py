@@ -9,13 +9,14 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
-from uuid import uuid4
 
 import httpx
 import psycopg
@@ -38,6 +39,12 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60.0, *, pau
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(pause)
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """For every client of httpx that asks a fleet: by itself each reads them anew, for longer than it then asks."""
+    return ssl.create_default_context()
 
 
 def free_port() -> int:
@@ -174,9 +181,10 @@ class Fleet:
     def is_whole(self) -> bool:
         """Whether every process that was asked for runs, the web tier is ready, and the queue answers."""
         try:
-            answer = httpx.get(f"{self.url}/ready", trust_env=False)
-            wanted = set(self.wanted())
-            return answer.status_code == 200 and set(self.named()) == wanted and bool(self.redis().ping())
+            if set(self.named()) != set(self.wanted()):
+                return False
+            answer = httpx.get(f"{self.url}/ready", trust_env=False, verify=certificates())
+            return answer.status_code == 200 and bool(self.redis().ping())
         except (httpx.HTTPError, redis.RedisError, OSError):
             return False
 
@@ -340,15 +348,21 @@ class Fleet:
         return int(self.rows(query, *values)[0][0])
 
     def shop(self) -> Shop:
-        """A tenant of a test's own, made as an operator would make it."""
-        slug, secret = f"t{uuid4().hex[:12]}", uuid4().hex
-        number = str(uuid4().int % 10**15)
-        config = {"phone_number_id": number, "waba_id": f"9{number}", "app_secret": secret, "verify_token": secret}
-        tenant = json.loads(self.run("tenant", "create", slug, "--name", "A tenant", "--json"))
-        given = ("--name", "main", "--config", json.dumps(config), "--json")
-        channel = json.loads(self.run("channel", "create", slug, "meta", *given))
-        ((app_id,),) = self.rows("SELECT id FROM app WHERE slug = %s", channel["app"])
-        return Shop(tenant["id"], channel["id"], str(app_id), number, f"9{number}", secret, channel["webhook"])
+        """A tenant of a test's own."""
+        (made,) = self.shops(1, 1)
+        (channel,) = made["channels"]
+        ((app_id,),) = self.rows("SELECT id FROM app WHERE slug = %s", made["slug"])
+        numbers = (channel["phone_number_id"], channel["waba_id"], made["secret"])
+        return Shop(made["tenant_id"], channel["id"], str(app_id), *numbers, f"/webhooks/whatsapp/{made['slug']}")
+
+    def shops(self, tenants: int, channels: int, **config: Any) -> list[dict[str, Any]]:
+        """Tenants, and channels over them, as `tests.chaos.make_shops` tells them: one process for all."""
+        words = [sys.executable, "-m", "tests.chaos.make_shops", str(tenants), str(channels), json.dumps(config)]
+        env = self.environment(POMBAL_DATA=str(self.data))
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        made: list[dict[str, Any]] = json.loads(done.stdout)
+        return made
 
     def demo_shop(self) -> Shop:
         """The tenant that every fleet has."""

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import msgspec
 
+from pombal import garbage
 from pombal.cli import admin
 
 
@@ -37,4 +38,6 @@ def main(tenants: int, channels: int, config: dict[str, object]) -> list[dict[st
 
 
 if __name__ == "__main__":
+    garbage.starting()
     print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))))  # noqa: T201 - its output
+    garbage.ending()

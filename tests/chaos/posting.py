@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 
 from sandbox import meta
-from tests.chaos.fleet import Fleet, Shop, until
+from tests.chaos.fleet import Fleet, Shop, certificates, until
 
 _LANES = 12
 
@@ -62,7 +62,7 @@ class Posting:
 
     def _lane(self) -> None:
         try:
-            with httpx.Client(timeout=10, trust_env=False) as client:
+            with httpx.Client(timeout=10, trust_env=False, verify=certificates()) as client:
                 while not self._stop.is_set() and (body := self._next()):
                     self._send(client, *body)
         except BaseException as error:

@@ -21,7 +21,7 @@ from pombal.local import start_valkey
 from pombal.supervisor import LINUX, runs
 from sandbox import meta, traffic
 from sandbox.traffic import Traffic
-from tests.chaos.fleet import QUIET, STOPPED, Fleet, Shop, free_port, until
+from tests.chaos.fleet import QUIET, STOPPED, Fleet, Shop, certificates, free_port, until
 from tests.chaos.posting import Posting
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are found through /proc")
@@ -234,7 +234,7 @@ def test_a_wiped_valkey_takes_nothing_with_it(fleet: Fleet) -> None:
 def test_a_valkey_that_forgets_everything_is_enough(tmp_path: Path) -> None:
     with (
         start_valkey(tmp_path / "elsewhere", persistence=False) as valkey,
-        Fleet(tmp_path / "fleet", "--no-sandbox", REDIS_URL=valkey.url) as fleet,
+        Fleet(tmp_path / "fleet", "--procs", "web,worker,clock", REDIS_URL=valkey.url) as fleet,
     ):
         fleet.start()
         shop = fleet.shop()
@@ -273,14 +273,14 @@ def test_what_waits_flows_when_the_clock_is_back(fleet: Fleet) -> None:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url, trust_env=False).status_code == 200
+        return httpx.get(url, trust_env=False, verify=certificates()).status_code == 200
     except httpx.HTTPError:
         return False
 
 
 def jobs_on(url: str) -> float:
     """How many jobs the fleet has done, as this web process tells it."""
-    said = httpx.get(f"{url}/metrics", trust_env=False).text
+    said = httpx.get(f"{url}/metrics", trust_env=False, verify=certificates()).text
     found = re.search(r'^pombal_jobs_total\{actor="incoming_message",outcome="done"\} (\S+)$', said, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
@@ -457,7 +457,7 @@ def test_reset_begins_anew(running_house: Fleet) -> None:
 
 
 def test_whatever_interrupts_the_first_start_the_next_one_works(tmp_path: Path) -> None:
-    with Fleet(tmp_path / "young", "--no-sandbox") as young:
+    with Fleet(tmp_path / "young", "--procs", "web,worker,clock") as young:
         for step, number, code in (
             ("PostgreSQL", signal.SIGINT, 130),
             ("migrations", signal.SIGTERM, 130),

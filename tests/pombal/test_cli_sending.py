@@ -805,7 +805,7 @@ def test_what_is_no_channels_id_is_refused_in_one_line(meta: Meta, tmp_path: Pat
 
 @pytest.mark.skipif(not LINUX, reason="processes are found through /proc")
 def test_up_lets_anybody_send_with_one_line(tmp_path: Path) -> None:
-    with Fleet(tmp_path / "up").start() as fleet:
+    with Fleet(tmp_path / "up", "--procs", "sandbox,web,worker,clock").start() as fleet:
         printed = fleet.output.partition("try, in a second terminal in this folder:\n\n")[2].split("\n\n")[1]
         curl, lanes = re.findall(r"^  \S.*(?:\n    .*)*", printed, re.MULTILINE)
         demo = fleet.demo
