@@ -1,10 +1,11 @@
 """REGISTERs a second, refreshes in time, and a soak with kills; beside a thread with a sleep for each account.
 
     python bench/sip.py [--only rate refreshes soak] [--accounts 5000] [--interval 300] [--minutes 6] [--hosts 8]
+    python bench/sip.py --only soak --registrar kamailio [--soak-minutes 5]
 
-All against simulated registrars in a process of their own, one for each host (127.0.0.1, 127.0.0.2, …), without
-latency. An attempt is two transactions: the challenge and the answer. `usual` is `usual_register.py`: no database, no
-claims, no restarts. Durable writes as in production: fsync and `synchronous_commit` are on.
+All but the latter against simulated registrars in a process of their own, one for each host (127.0.0.1, 127.0.0.2,
+…), without latency. An attempt is two transactions: the challenge and the answer. `usual` is `usual_register.py`: no
+database, no claims, no restarts. Durable writes as in production: fsync and `synchronous_commit` are on.
 
 `rate`: accounts that all fall due at once, with SIP_STARTS_PER_SECOND out of the way, until all are registered.
 
@@ -12,7 +13,8 @@ claims, no restarts. Durable writes as in production: fsync and `synchronous_com
 is due. A refresh's lateness is the time from when it fell due until its first REGISTER is at the registrar, which
 also says how much of the grant was left then, and whether any account was unbound.
 
-`soak`: 50 accounts with grants of 60 s, two workers; one of them is killed every 10 s, and started again.
+`soak`: 50 accounts with grants of 60 s, two workers; one of them is killed every 10 s, and started again. With
+`--registrar kamailio` at a real registrar, if one is installed: its own binding table is looked at ten times a second.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from registrars import PASSWORD
 from rig import HERE, ROOT, Failed, Rig, cpu_seconds, rig, wait
@@ -36,6 +38,7 @@ from models import SipRegistration, Tenant
 from pombal import db, log
 from pombal.settings import settings
 from pombal.supervisor import processes, spawn
+from tests.sip.kamailio import IS_INSTALLED, Bound, Kamailio, a_kamailio
 
 _EDGES = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 _LATE = 5.0
@@ -78,6 +81,7 @@ def main() -> int:
     parser.add_argument("--interval", type=int, default=300, help="seconds of a grant, of `refreshes`")
     parser.add_argument("--minutes", type=float, default=6.0, help="of `refreshes`, each variant")
     parser.add_argument("--soak-minutes", type=float, default=5.0)
+    parser.add_argument("--registrar", choices=["simulated", "kamailio"], default="simulated", help="of `soak`")
     given = parser.parse_args()
     with rig(20) as its:
         os.environ |= {"SIP_ALLOWED_NETWORKS": "127.0.0.0/8", "LOG_LEVEL": "WARNING", "TMPDIR": str(its.folder)}
@@ -347,36 +351,114 @@ def size(root: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------- soak
 
 
+_SOAKED, _GRANT = 50, 60
+
+
 def soak(its: Rig, given: argparse.Namespace) -> None:
-    count, seconds = 50, given.soak_minutes * 60
-    print(f"soak: {count} accounts, grants of 60 s, {given.soak_minutes:g} minutes, a kill every {_KILL_EVERY:g} s")
+    kind, minutes = given.registrar, given.soak_minutes
+    print(
+        f"soak: {_SOAKED} accounts at a {kind} registrar, grants of {_GRANT} s, {minutes:g} minutes, "
+        f"a kill every {_KILL_EVERY:g} s",
+        flush=True,
+    )
     os.environ["SIP_STARTS_PER_SECOND"] = str(_STARTS)
-    with providers(1, count) as there, ExitStack() as ending:
-        add(its, count, 1, there.port, 60)
+    with (real if kind == "kamailio" else simulated)() as witness, ExitStack() as ending:
+        add(its, _SOAKED, 1, witness.port, _GRANT)
         let(its)
         running = [begun(its), begun(its)]
         ending.callback(end_all, running)
-        wait(lambda: there.ask("summary")["registered"] == count, "not all were registered", 60)
-        end, kills, fewest = time.monotonic() + seconds, 0, count
+        wait(lambda: witness.bound() == _SOAKED, "not all were registered", 60)
+        end, kills, fewest = time.monotonic() + minutes * 60, 0, _SOAKED
         next_kill = time.monotonic() + _KILL_EVERY
         while time.monotonic() < end:
-            fewest = min(fewest, there.ask("summary")["registered"])
+            fewest = min(fewest, witness.bound())
             if time.monotonic() >= next_kill:
                 kill(running[kills % 2])
                 running[kills % 2] = begun(its)
                 kills += 1
                 next_kill += _KILL_EVERY
             time.sleep(0.1)
-        told = there.ask("summary")
+        told, bad = witness.tells()
         rows = registered(its)
-    print(
-        f"  {kills} kills; {told['granted']} registrations; never fewer than {fewest} bound, and {rows} rows say so "
-        f"at the end\n  {told['gaps']} gaps, {told['overlaps']} overlaps, {told['refused']} refusals, "
-        f"{told['retransmissions']} retransmissions, {told['complaints']} complaints",
-        flush=True,
-    )
-    if told["gaps"] or told["overlaps"]:
+    print(f"  {kills} kills; never fewer than {fewest} bound, and {rows} rows say so at the end\n  {told}", flush=True)
+    if bad or fewest < _SOAKED:
         raise Failed("an account was unbound, or registered twice at once")
+
+
+class Witness(Protocol):
+    """A registrar of the soak."""
+
+    port: int
+
+    def bound(self) -> int:
+        """How many accounts are bound now."""
+
+    def tells(self) -> tuple[str, bool]:
+        """What it has seen, and whether any of it must not be."""
+
+
+class Simulated:
+    def __init__(self, there: Providers) -> None:
+        self._there, self.port = there, there.port
+
+    def bound(self) -> int:
+        return int(self._there.ask("summary")["registered"])
+
+    def tells(self) -> tuple[str, bool]:
+        told = self._there.ask("summary")
+        names = {"granted": "registrations"} | {
+            name: name for name in ("gaps", "overlaps", "refused", "retransmissions", "complaints")
+        }
+        said = ", ".join(f"{told[name]} {what}" for name, what in names.items())
+        return said, bool(told["gaps"] or told["overlaps"])
+
+
+@contextmanager
+def simulated() -> Iterator[Witness]:
+    with providers(1, _SOAKED) as there:
+        yield Simulated(there)
+
+
+class BindingTable:
+    """Kamailio's own, as often as it is looked at."""
+
+    def __init__(self, kamailio: Kamailio) -> None:
+        self._kamailio, self.port = kamailio, kamailio.port
+        self._last: dict[str, Bound] = {}
+        self._refreshes = self._unbound = self._several = self._fell_back = 0
+        self._least = float(_GRANT)
+
+    def bound(self) -> int:
+        """Also notes what has changed."""
+        found = self._kamailio.bindings()
+        now = time.time()
+        for user, before in self._last.items():
+            if not (bindings := found.get(user)):
+                self._unbound += 1
+                continue
+            self._several += len(bindings) > 1
+            newest = max(bindings, key=lambda one: one.cseq)
+            self._least = min(self._least, newest.ends - now)
+            self._refreshes += newest.cseq > before.cseq
+            self._fell_back += newest.cseq < before.cseq or newest.call_id != before.call_id
+        self._last |= {user: max(bindings, key=lambda one: one.cseq) for user, bindings in found.items()}
+        return len(found)
+
+    def tells(self) -> tuple[str, bool]:
+        said = (
+            f"{self._refreshes} refreshes, at least {self._least:.0f} s were left of each; "
+            f"{self._unbound} times unbound, {self._several} times twice, "
+            f"{self._fell_back} times with another Call-ID or a lower CSeq"
+        )
+        return said, bool(self._unbound or self._several or self._fell_back)
+
+
+@contextmanager
+def real() -> Iterator[Witness]:
+    if not IS_INSTALLED:
+        raise Failed("kamailio is not installed (Debian: apt-get install kamailio)")
+    with a_kamailio(most=_GRANT) as kamailio:
+        yield BindingTable(kamailio)
 
 
 def begun(its: Rig) -> "subprocess.Popen[bytes]":

@@ -33,15 +33,20 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from models.base import Base, Dated, Tenanted, given_rows, id_column, rows
+from models.clockwork import Lease
 from pombal import secrets as sealing
 from pombal.ids import uuid7
 
 CLAIM = timedelta(seconds=10)  # renewed while an attempt is under way
-# … of one that another process sends: it goes on for so long when ours has died (sip-registration.md §8).
+# … from when another process was given a request to send: that goes on for 32 s, and some, when ours has died
+# (sip-registration.md §8).
 CLAIM_ELSEWHERE = timedelta(seconds=45)
+PAUSE = timedelta(seconds=30)  # after an attempt that failed, whatever is heard of others (sip-registration.md §6)
 CSEQS = 20  # numbers in the block of an attempt; it makes fewer requests
 HISTORY = 20  # outcomes kept with the row
 
+# While this lease lives some worker finds drachtio away. All hold it together, each renewing it every 10 s at the most.
+_AWAY, _ALL_WORKERS, _AWAY_FOR = "drachtio_away", UUID(int=0), timedelta(seconds=20)
 
 AT_SENDER = "@localhost;"  # in a Contact: whoever sends puts itself there
 
@@ -75,7 +80,8 @@ _IS_OURS = text("next_refresh_at IS NOT NULL AND sender <> 'external'")
 
 
 class SipRegistration(Tenanted, Dated, Base):
-    """`history`: the last outcomes, newest last, `{"at", "outcome", "code", "error", "seconds", "server", "notes"}`."""
+    """`history`: the last outcomes, newest last, `{"at", "outcome", "code", "error", "seconds", "server", "notes",
+    "retry_after"}`."""
 
     __tablename__ = "sip_registration"
     __table_args__ = (
@@ -103,6 +109,7 @@ class SipRegistration(Tenanted, Dated, Base):
     sealed: Mapped[bytes]  # {"password"}
     interval: Mapped[int] = mapped_column(server_default=text("300"))  # seconds that are asked for, always
     sender: Mapped[str] = mapped_column(server_default=SipSender.AUTO)
+    sender_before: Mapped[str | None]  # it was given to a controller; None: it never was
     contact_host: Mapped[str | None]  # `host[:port]` that calls come to, of a direct sender; None: SIP_CONTACT
     contact_token: Mapped[str]  # the user of its Contact: an inbound INVITE names its account by it
     target: Mapped[str | None]  # where its calls go: a LiveKit SIP URI
@@ -189,6 +196,13 @@ class SipRegistration(Tenanted, Dated, Base):
         since = case((was_meant, cls.unregistered_since), else_=now)  # it is missed from now on
         return cls._renew(s, tenant_id, id_, is_enabled=True, asked_at=now, unregistered_since=since, **given)
 
+    @staticmethod
+    def ask_all(s: Session, *, tenant_id: UUID | None = None, host: str | None = None) -> int:
+        """Have all that are enabled and ours registered now, of this tenant and with this host or proxy alone if given;
+        returns how many they are. What is under way is not begun again."""
+        result = s.execute(_ASK_ALL, {"tenant_id": tenant_id, "host": host})
+        return _count(result)
+
     @classmethod
     def disable(cls, s: Session, tenant_id: UUID, id_: UUID) -> bool:
         """Have it un-registered; it stays so."""
@@ -217,6 +231,8 @@ class SipRegistration(Tenanted, Dated, Base):
             new["register_status"] = case((is_endless, RegisterStatus.PENDING), else_=cls.register_status)
             new["registered_since"] = case((is_endless, None), else_=cls.registered_since)
             new["unregistered_since"] = case((is_endless, now), else_=cls.unregistered_since)
+            # Its words are not ours, and would be taken for such in lines and events.
+            new["register_error"] = case((cls.sender == SipSender.EXTERNAL, None), else_=cls.register_error)
         new |= values
         where = (cls.tenant_id == tenant_id, cls.id == id_, cls.removed_at.is_(None))
         return _touched(s, update(cls).where(*where).values(new))
@@ -232,11 +248,14 @@ class SipRegistration(Tenanted, Dated, Base):
         error: str | None,
         last_register_at: datetime | None,
         expires_at: datetime | None,
+        is_reported: bool = False,
     ) -> bool:
         """A controller that registers by itself says how it stands: from now on it is not ours to register, and an
         attempt of ours that is under way counts no more."""
         now = func.clock_timestamp()
         is_registered = status == RegisterStatus.REGISTERED
+        has_lapsed = and_(cls.register_status == RegisterStatus.REGISTERED, cls.expires_at <= now)
+        lost_at = func.coalesce(cls.unregistered_since, func.least(cls.expires_at, now))
         new: dict[str, Any] = {
             "sender": SipSender.EXTERNAL,
             "register_status": status,
@@ -250,10 +269,15 @@ class SipRegistration(Tenanted, Dated, Base):
             "contact": None,
             "failures": 0,
             **cls._given_away(),
-            "registered_since": func.coalesce(cls.registered_since, now) if is_registered else None,
-            "unregistered_since": None if is_registered else func.coalesce(cls.unregistered_since, now),
+            "registered_since": case((has_lapsed, now), else_=func.coalesce(cls.registered_since, now))
+            if is_registered
+            else None,
+            "unregistered_since": None if is_registered else lost_at,
+            "report_revision": cls.report_revision + 1,
             "updated_at": now,
         }
+        if is_reported:
+            new["report_at"] = case((cls.external_id.is_not(None), now))
         if last_register_at is not None:
             new["last_register_at"] = last_register_at
         where = (cls.tenant_id == tenant_id, cls.id == id_, cls.removed_at.is_(None))
@@ -261,15 +285,18 @@ class SipRegistration(Tenanted, Dated, Base):
 
     @classmethod
     def _given_away(cls) -> dict[str, Any]:
-        """An attempt that is under way counts no more."""
-        return {"cseq": cls.cseq + CSEQS, "claim_token": None, "claimed_until": None, "asked_at": None}
+        """An attempt that is under way counts no more, and whoever sent it is not forgotten."""
+        before = case((cls.sender == SipSender.EXTERNAL, cls.sender_before), else_=cls.sender)
+        free = {"claim_token": None, "claimed_until": None, "asked_at": None}
+        return {"cseq": cls.cseq + CSEQS, "sender_before": before, **free}
 
     @staticmethod
     def listing(
         s: Session, *, tenant_id: UUID | None = None, id_: UUID | None = None, name: str | None = None
     ) -> Sequence[RowMapping]:
         """All columns but secrets of what this transaction may see, by tenant and name; `status` is the one that holds
-        now, `now` the database's time. Removed accounts are left out."""
+        now, `now` the database's time; `is_held_back`: it is due, and waits for drachtio. Removed accounts are left
+        out."""
         return s.execute(_LISTING, {"tenant_id": tenant_id, "id": id_, "name": name}).mappings().all()
 
     @staticmethod
@@ -278,6 +305,13 @@ class SipRegistration(Tenanted, Dated, Base):
         return s.execute(_BY_CONTACT, {"contact_token": contact_token}).mappings().first()
 
     # ------------------------------------------------------------------------------------------------ registering
+
+    @staticmethod
+    def hasten(s: Session, places: Iterable[str]) -> None:
+        """These hosts have just registered an account, so whatever ailed them may be over: who waits there after
+        temporary failures, without a binding, is due at once, but not sooner than `PAUSE` after its last attempt, since
+        it may be the one that is ill. Who was told to wait (`Retry-After`, 429) keeps to that."""
+        s.execute(_HASTEN, {"places": list(places), "pause": PAUSE})
 
     @staticmethod
     def due(s: Session, *, without: Iterable[SipSender] = (), held: Iterable[UUID] = ()) -> dict[str, int]:
@@ -297,19 +331,18 @@ class SipRegistration(Tenanted, Dated, Base):
     ) -> Sequence[RowMapping]:
         """Take due accounts of these hosts, at most so many of each: those that somebody waits for first, then those
         that are still bound. Each has its own block of CSeq: `cseq - CSEQS + 1` to `cseq`. `place` is its host, `late`
-        the seconds since it fell due, `bound_seconds` what its binding has left, `lost_at`
-        when an attempt began whose end nobody wrote down. `elsewhere`: whose requests another
-        process sends."""
+        the seconds since it fell due, `bound_seconds` what its binding has left, `lost_at` when an attempt began whose
+        end nobody wrote down, `claimed_at` the database's time. `elsewhere`: whose requests another process sends."""
         given = given_rows([{"place": place, "n": n} for place, n in budget.items()])
         values = {**given, "token": token, "block": CSEQS, "without": list(without), "held": list(held)}
-        return s.execute(_CLAIM, {**values, **_lengths(elsewhere)}).mappings().all()
+        lengths = {"elsewhere": list(elsewhere), "length": CLAIM, "longer": CLAIM_ELSEWHERE}
+        return s.execute(_CLAIM, {**values, **lengths}).mappings().all()
 
     @staticmethod
-    def renew(
-        s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]], *, elsewhere: Iterable[SipSender] = ()
-    ) -> set[UUID]:
-        """Hold claims, given as (tenant, id, cseq), for as long again; returns the ids of those that are still held."""
-        return set(s.execute(_RENEW, {**_keys(held), "token": token, **_lengths(elsewhere)}).scalars())
+    def renew(s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]], length: timedelta = CLAIM) -> set[UUID]:
+        """Hold claims, given as (tenant, id, cseq), for so long from now at least; returns the ids of those that are
+        still held."""
+        return set(s.execute(_RENEW, {**_keys(held), "token": token, "length": length}).scalars())
 
     @staticmethod
     def release(s: Session, token: UUID, held: Iterable[tuple[UUID, UUID, int]]) -> None:
@@ -319,13 +352,15 @@ class SipRegistration(Tenanted, Dated, Base):
     @staticmethod
     def settle(s: Session, token: UUID, given: list[dict[str, Any]]) -> Sequence[RowMapping]:
         """Write down what came of attempts, each once and under its claim (`tenant_id`, `id`, `cseq`, `revision`):
-        `outcome`, `code`, `error`, `granted` and `ago` (seconds since the request that was granted was sent), `next`
-        (seconds from now; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`,
+        `outcome`, `code`, `error`, `granted` and `sent_at` (when the request that was granted was sent), `next_at`
+        (of the next attempt; None: never), `fails` (added to `failures`; None: back to 0), `algorithm`, `server`,
         `contact`, `call_id` (a new one), `entries` (of the history), `is_over` (nothing is bound and nothing
-        wanted), `is_reported`.
+        wanted), `is_reported`. Times are the database's, reckoned from `claimed_at`: however long this has to wait,
+        a grant does not begin later for it (security-reliability.md R8).
 
-        Returns the rows that were written, with `was`, the status that was written before; the others' claims were
-        lost. Rows that were to be removed and are over are gone.
+        Returns the rows that were written, with `was`, the status that was written before, and, of one whose binding
+        ended unnoticed before that request, `lapsed_for` (seconds) and `lapse_error`; the others' claims were lost.
+        Rows that were to be removed and are over are gone.
         """
         ordered = sorted(given, key=lambda row: (row["tenant_id"], row["id"]))
         written = s.execute(_SETTLE, {**given_rows(ordered), "token": token}).mappings().all()
@@ -337,17 +372,20 @@ class SipRegistration(Tenanted, Dated, Base):
     @staticmethod
     def hold_back(s: Session, error: str, *, is_reported: bool) -> Sequence[RowMapping]:
         """Say of all that drachtio would register why they wait; returns the rows that this is news of, as `settle`
-        does."""
+        does. For a while nothing misses a worker for them: neither `is_waited_for`, nor `overview`, nor the `listing`
+        (`is_held_back`)."""
+        Lease.take(s, _AWAY, _ALL_WORKERS, _AWAY_FOR)
         return s.execute(_HOLD_BACK, {"error": error, "is_reported": is_reported}).mappings().all()
 
     @staticmethod
     def lapse(s: Session, *, is_reported: bool) -> Sequence[RowMapping]:
-        """Write down that grants ran out without a refresh; returns the rows, as `settle` does."""
+        """Write down that grants ran out without a refresh; returns the rows, as `settle` does, but without a
+        controller's own words. `lapsed_for` is None of those that nobody wants registered."""
         return s.execute(_LAPSE, {"is_reported": is_reported}).mappings().all()
 
     @staticmethod
     def is_waited_for(s: Session) -> bool:
-        """Whether an account has been due for a while and nobody has taken it."""
+        """Whether an account has been due for a while and nobody has taken it, though nothing holds it back."""
         return bool(s.scalar(_IS_WAITED_FOR))
 
     # ---------------------------------------------------------------------------------------------------- telling
@@ -384,9 +422,10 @@ def entry(
     seconds: float,
     server: str | None,
     notes: Sequence[str],
+    retry_after: int | None = None,
 ) -> dict[str, Any]:
-    """One outcome of the history; `notes` are oddities."""
-    said = {"code": code, "error": error, "server": server, "notes": list(notes) or None}
+    """One outcome of the history; `notes` are oddities, `retry_after` the seconds that the other side asked for."""
+    said = {"code": code, "error": error, "server": server, "notes": list(notes) or None, "retry_after": retry_after}
     told = {name: value for name, value in said.items() if value is not None}
     return {"at": at.isoformat(), "outcome": outcome, "seconds": round(seconds, 3), **told}
 
@@ -394,10 +433,6 @@ def entry(
 def _keys(held: Iterable[tuple[UUID, UUID, int]]) -> dict[str, str]:
     """In one order everywhere, or two statements wait for each other's rows."""
     return given_rows([{"tenant_id": tenant, "id": id_, "cseq": cseq} for tenant, id_, cseq in sorted(held)])
-
-
-def _lengths(elsewhere: Iterable[SipSender]) -> dict[str, Any]:
-    return {"elsewhere": list(elsewhere), "length": CLAIM, "longer": CLAIM_ELSEWHERE}
 
 
 def _touched(s: Session, statement: Any) -> bool:
@@ -413,23 +448,23 @@ _PLACE = "coalesce(proxy, host)"
 # By `now()`: no index serves a comparison with `clock_timestamp()`.
 _NOBODYS = """next_refresh_at <= now() AND sender <> 'external'
     AND (claimed_until IS NULL OR claimed_until <= now())"""
+_HELD_BACK = f"""sender IN ('auto', 'drachtio')
+    AND EXISTS (SELECT FROM lease WHERE name = '{_AWAY}' AND until > now())"""
 _ALLOWED = "NOT sender = ANY (CAST(:without AS text[])) AND NOT id = ANY (CAST(:held AS uuid[]))"
-_CLAIMED_UNTIL = """clock_timestamp()
-        + CASE WHEN r.sender = ANY (CAST(:elsewhere AS text[])) THEN CAST(:longer AS interval) ELSE :length END"""
 _NEXT_REPORT = """report_at = CASE WHEN r.external_id IS NULL THEN NULL WHEN {} THEN clock_timestamp()
         ELSE r.report_at END,
     report_revision = r.report_revision + 1"""
 
 _SHOWN = (
-    "tenant_id, id, name, host, port, transport, proxy, username, auth_username, interval, sender, contact_host, "
-    "contact_token, target, allows_md5, external_id, is_enabled, removed_at, revision, register_status, "
+    "tenant_id, id, name, host, port, transport, proxy, username, auth_username, interval, sender, sender_before, "
+    "contact_host, contact_token, target, allows_md5, external_id, is_enabled, removed_at, revision, register_status, "
     "register_error, last_register_at, next_refresh_at, expires_at, granted, registered_since, unregistered_since, "
     "last_attempt_at, last_outcome, last_status_code, failures, server, contact, algorithm, call_id, from_tag, cseq, "
     "history, asked_at, claimed_until, report_at, report_error, reported_at, updated_at, created_at"
 )
 
 _LISTING = text(f"""
-    SELECT {_SHOWN}, {STATUS_NOW} AS status, clock_timestamp() AS now,
+    SELECT {_SHOWN}, {STATUS_NOW} AS status, clock_timestamp() AS now, {_NOBODYS} AND {_HELD_BACK} AS is_held_back,
         extract(epoch FROM expires_at - clock_timestamp())::float AS bound_seconds
     FROM sip_registration
     WHERE removed_at IS NULL AND (CAST(:tenant_id AS uuid) IS NULL OR tenant_id = :tenant_id)
@@ -441,6 +476,36 @@ _BY_CONTACT = text(f"""
     SELECT r.tenant_id, t.slug, t.name AS tenant_name, r.id, r.name, r.target, r.is_enabled, {STATUS_NOW} AS status
     FROM sip_registration r JOIN tenant t ON t.id = r.tenant_id
     WHERE r.contact_token = :contact_token AND r.removed_at IS NULL
+""")
+
+_ASK_ALL = text("""
+    UPDATE sip_registration r SET next_refresh_at = least(r.next_refresh_at, clock_timestamp())
+    FROM (
+        SELECT tenant_id, id FROM sip_registration
+        WHERE sender <> 'external' AND is_enabled AND removed_at IS NULL
+            AND (CAST(:tenant_id AS uuid) IS NULL OR tenant_id = :tenant_id)
+            AND (CAST(:host AS text) IS NULL OR host = :host OR proxy = :host)
+        ORDER BY tenant_id, id FOR UPDATE
+    ) AS due
+    WHERE r.tenant_id = due.tenant_id AND r.id = due.id
+""")
+
+# Its last attempt ended when it began, and the seconds of the last outcome later.
+_NOT_SOONER = """greatest(now(), last_attempt_at + CAST(:pause AS interval)
+                + coalesce((history -> -1 ->> 'seconds')::float, 0) * interval '1 second')"""
+
+_HASTEN = text(f"""
+    UPDATE sip_registration r SET next_refresh_at = due.at
+    FROM (
+        SELECT tenant_id, id, {_NOT_SOONER} AS at FROM sip_registration
+        WHERE {_PLACE} = ANY (CAST(:places AS text[])) AND next_refresh_at > now() AND sender <> 'external'
+            AND is_enabled AND last_outcome = 'temporary' AND (expires_at IS NULL OR expires_at <= now())
+            AND (claimed_until IS NULL OR claimed_until <= now())
+            AND last_status_code IS DISTINCT FROM 429 AND (history -> -1 -> 'retry_after') IS NULL
+            AND next_refresh_at > {_NOT_SOONER}
+        ORDER BY tenant_id, id FOR UPDATE SKIP LOCKED
+    ) AS due
+    WHERE r.tenant_id = due.tenant_id AND r.id = due.id
 """)
 
 _DUE = text(f"""
@@ -459,21 +524,22 @@ _CLAIM = text(f"""
         ) AS one
     )
     UPDATE sip_registration r
-    SET claim_token = :token, claimed_until = {_CLAIMED_UNTIL}, cseq = r.cseq + :block,
-        last_attempt_at = clock_timestamp()
+    SET claim_token = :token, cseq = r.cseq + :block, last_attempt_at = clock_timestamp(),
+        claimed_until = clock_timestamp()
+            + CASE WHEN r.sender = ANY (CAST(:elsewhere AS text[])) THEN CAST(:longer AS interval) ELSE :length END
     FROM due, sip_registration was
     WHERE r.tenant_id = due.tenant_id AND r.id = due.id AND was.tenant_id = due.tenant_id AND was.id = due.id
     RETURNING {", ".join(f"r.{name}" for name in _SHOWN.split(", "))}, r.sealed, coalesce(r.proxy, r.host) AS place,
         extract(epoch FROM clock_timestamp() - r.next_refresh_at)::float AS late,
         extract(epoch FROM r.expires_at - clock_timestamp())::float AS bound_seconds,
-        was.last_attempt_at IS NOT NULL AS was_tried,
+        was.last_attempt_at IS NOT NULL AS was_tried, clock_timestamp() AS claimed_at,
         CASE WHEN was.claim_token IS NOT NULL THEN was.last_attempt_at END AS lost_at
 """)
 
 _HELD = rows(tenant_id="uuid", id="uuid", cseq="bigint")
 
 _RENEW = text(f"""
-    UPDATE sip_registration r SET claimed_until = {_CLAIMED_UNTIL} FROM {_HELD}
+    UPDATE sip_registration r SET claimed_until = greatest(r.claimed_until, clock_timestamp() + :length) FROM {_HELD}
     WHERE r.tenant_id = given.tenant_id AND r.id = given.id AND r.cseq = given.cseq AND r.claim_token = :token
         AND r.claimed_until > clock_timestamp()
     RETURNING r.id
@@ -493,8 +559,8 @@ _SETTLED = rows(
     code="integer",
     error="text",
     granted="integer",
-    ago="float",
-    next="float",
+    sent_at="timestamptz",
+    next_at="timestamptz",
     fails="integer",
     algorithm="text",
     server="text",
@@ -507,12 +573,13 @@ _SETTLED = rows(
 
 _SETTLE = text(f"""
     WITH given AS (
-        SELECT given.*, r.register_status AS was, r.is_bound AS was_bound, clock_timestamp() AS now,
-            given.outcome = 'registered' AS is_bound,
-            clock_timestamp() - given.ago * interval '1 second' AS sent_at
+        SELECT given.*, r.register_status AS was, r.is_bound AS was_bound, r.expires_at AS was_until,
+            r.register_error AS was_error, clock_timestamp() AS now, given.outcome = 'registered' AS is_bound
         FROM {_SETTLED}
         JOIN LATERAL (
-            SELECT register_status, register_status = 'registered' AND expires_at > clock_timestamp() AS is_bound
+            SELECT register_status, register_error, expires_at, register_status = 'registered'
+                AND expires_at > CASE WHEN given.outcome = 'registered' THEN given.sent_at ELSE clock_timestamp() END
+                AS is_bound
             FROM sip_registration
             WHERE tenant_id = given.tenant_id AND id = given.id AND cseq = given.cseq AND claim_token = :token
             FOR UPDATE
@@ -531,7 +598,7 @@ _SETTLE = text(f"""
         unregistered_since = CASE WHEN is_bound OR was_bound AND NOT given.is_over THEN NULL
             ELSE coalesce(r.unregistered_since, least(r.expires_at, now)) END,
         next_refresh_at = CASE WHEN r.sender = 'external' THEN NULL WHEN r.revision <> given.revision THEN now
-            ELSE now + given.next * interval '1 second' END,
+            ELSE given.next_at END,
         asked_at = CASE WHEN r.revision <> given.revision THEN r.asked_at END,
         last_outcome = given.outcome,
         last_status_code = given.code,
@@ -551,7 +618,9 @@ _SETTLE = text(f"""
     FROM given
     WHERE r.tenant_id = given.tenant_id AND r.id = given.id AND r.cseq = given.cseq
     RETURNING r.tenant_id, r.id, r.name, r.removed_at, r.register_status AS status, given.was, r.register_error,
-        r.next_refresh_at, r.expires_at, r.cseq
+        r.next_refresh_at, r.expires_at, r.cseq, coalesce(was_error, 'expired without a refresh') AS lapse_error,
+        CASE WHEN given.was = 'registered' AND NOT was_bound AND r.is_enabled
+            THEN extract(epoch FROM CASE WHEN is_bound THEN sent_at ELSE now END - was_until)::float END AS lapsed_for
 """)
 
 _DROP = text("DELETE FROM sip_registration WHERE id = ANY (:ids)")
@@ -570,11 +639,13 @@ _HOLD_BACK = text(f"""
     RETURNING r.tenant_id, r.id, r.name, r.register_status AS status, due.was, r.register_error
 """)
 
+_NOT_TOLD = "its controller told of no refresh before it expired"
+
 _LAPSE = text(f"""
     UPDATE sip_registration r SET
         register_status = CASE WHEN is_enabled THEN 'failed' ELSE 'pending' END,
         register_error = coalesce(register_error, CASE WHEN NOT is_enabled THEN NULL
-            WHEN sender = 'external' THEN 'its controller told of no refresh before it expired'
+            WHEN sender = 'external' THEN '{_NOT_TOLD}'
             ELSE 'expired without a refresh' END),
         registered_since = NULL, unregistered_since = greatest(expires_at, updated_at), updated_at = clock_timestamp(),
         {_NEXT_REPORT.format("CAST(:is_reported AS boolean)")}
@@ -583,11 +654,15 @@ _LAPSE = text(f"""
         ORDER BY tenant_id, id FOR UPDATE SKIP LOCKED
     ) AS due
     WHERE r.tenant_id = due.tenant_id AND r.id = due.id
-    RETURNING r.tenant_id, r.id, r.name, r.register_status AS status, 'registered' AS was, r.register_error
+    RETURNING r.tenant_id, r.id, r.name, r.register_status AS status, 'registered' AS was,
+        CASE WHEN r.sender <> 'external' THEN r.register_error WHEN r.is_enabled THEN '{_NOT_TOLD}' END
+            AS register_error,
+        CASE WHEN r.is_enabled THEN extract(epoch FROM clock_timestamp() - r.expires_at)::float END AS lapsed_for
 """)
 
 _IS_WAITED_FOR = text(f"""
-    SELECT true FROM sip_registration WHERE {_NOBODYS} AND next_refresh_at < now() - interval '3 s' LIMIT 1
+    SELECT true FROM sip_registration
+    WHERE {_NOBODYS} AND next_refresh_at < now() - interval '3 s' AND NOT ({_HELD_BACK}) LIMIT 1
 """)
 
 _CLAIM_REPORTS = text(f"""
@@ -626,7 +701,8 @@ _OVERVIEW = text(f"""
         coalesce(extract(epoch FROM clock_timestamp() - min(report_at)), 0)::float AS unreported
     FROM (
         SELECT {STATUS_NOW} AS status, is_enabled, next_refresh_at, report_at,
-            sender <> 'external' AND (claimed_until IS NULL OR claimed_until <= now()) AS is_waiting,
+            sender <> 'external' AND (claimed_until IS NULL OR claimed_until <= now())
+                AND NOT (next_refresh_at <= now() AND {_HELD_BACK}) AS is_waiting,
             CASE WHEN is_enabled AND {STATUS_NOW} <> 'registered'
                 THEN coalesce(unregistered_since, expires_at) END AS since
         FROM sip_registration WHERE removed_at IS NULL

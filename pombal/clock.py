@@ -4,7 +4,8 @@
   or a restart starts nothing twice. (periodiq's own process ends when Redis is away and knows no second one:
   dramatiq.md §12.)
 - The *sweep* finds rows that nobody works on (a lost bell, a claim that ran out, a wait that fell due) and rings for
-  them. It holds a lease, so one clock sweeps.
+  them. It holds a lease, so one clock sweeps. Each kind of row has a guard of its own: one that always fails keeps no
+  other from being rung for, and no round counts as ended while it does (`pombal_clock_lag_seconds`).
 - The *reaper* gives the jobs of dead worker processes back to their queues (dramatiq.md §5 H3).
 """
 
@@ -12,9 +13,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import FrameType
+from typing import Any
 from uuid import uuid4
 
 import dramatiq
@@ -38,7 +41,16 @@ SWEEP_SECONDS = 2.0
 _SHORTEST_PAUSE = 0.1
 _LEASE = timedelta(seconds=10)  # a clock that died is replaced after so long
 _REAP_SECONDS = 5.0
-_MARK = "pombal:queues-are-whole"
+_MARK = "pombal:rung-for"  # a hash: which Redis (`run_id`) a part has last rung for
+
+_BELLS: dict[str, Callable[..., int]] = {
+    "deliveries": ring_waiting,
+    "lanes": ring_lanes,
+    "files": ring_media,
+    "sessions": ring_sessions,
+    "reports": ring_reports,
+    "repairs": ring_repairs,
+}
 
 
 class Clock:
@@ -71,10 +83,7 @@ class Clock:
                 part()
             except Exception as error:
                 # A part that fails is started again, by itself, for as long as the process lives.
-                if is_store_trouble(error):
-                    _log.warning("clock_part_waits", part=part.__name__, error=log.described(error))
-                else:
-                    _log.error("clock_part_failed", part=part.__name__, exc_info=error)
+                _tell(part, error)
                 self._stop.wait(1)
 
     def ticks(self) -> None:
@@ -93,19 +102,14 @@ class Clock:
             with db.session() as s:
                 is_ours = Lease.take(s, "sweep", self._token, _LEASE)
             if is_ours:
-                note_lapses()  # before anything that asks Redis
-                # Rows first: whatever Redis had before it was wiped is rung for again.
-                at_once = self._sight.lost_the_queues()
-                rung, lanes = ring_waiting(at_once=at_once), ring_lanes(at_once=at_once)
-                files = ring_media(at_once=at_once)
-                sessions, reports = ring_sessions(at_once=at_once), ring_reports(at_once=at_once)
-                repairs, accounts = ring_repairs(at_once=at_once), ring_registrations()
-                self._sight.saw()
+                failed: list[str] = []
+                with _guarded(note_lapses, failed):  # before anything that asks Redis
+                    note_lapses()
+                counts = self._ring(failed)
                 with db.session() as s:
-                    Lease.finished(s, "sweep", self._token)
+                    if not failed:
+                        Lease.finished(s, "sweep", self._token)
                     next_due = Lane.seconds_until_due(s)
-                counts = {"deliveries": rung, "lanes": lanes, "files": files, "sessions": sessions}
-                counts |= {"reports": reports, "repairs": repairs, "accounts": accounts}
                 if any(counts.values()):
                     _log.info("sweep_rang", **counts)
                 if next_due is not None:  # scheduled messages leave on time
@@ -113,6 +117,19 @@ class Clock:
             self._stop.wait(pause)
         with db.session() as s:
             Lease.release(s, "sweep", self._token)
+
+    def _ring(self, failed: list[str]) -> dict[str, int]:
+        """Ring for each kind of row; returns how often, without those that `failed` has then. Raises redis' errors."""
+        self._sight.look()
+        counts = {}
+        for name, ring in _BELLS.items():
+            with _guarded(ring, failed):
+                # Rows first: whatever Redis had before it was wiped is rung for again.
+                counts[name] = ring(at_once=self._sight.is_new_to(ring.__name__))
+                self._sight.saw(ring.__name__)
+        with _guarded(ring_registrations, failed):
+            counts["accounts"] = ring_registrations()
+        return counts
 
     def reap(self) -> None:
         """Touch every queue with a broker of its own whose every command does maintenance."""
@@ -127,27 +144,45 @@ class Clock:
             client.close()
 
 
+@contextmanager
+def _guarded(part: Callable[..., object], failed: list[str]) -> Iterator[None]:
+    """What fails in here is told of and added to `failed`, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        _tell(part, error)
+        failed.append(part.__name__)
+
+
+def _tell(part: Callable[..., object], error: Exception) -> None:
+    if is_store_trouble(error):
+        _log.warning("clock_part_waits", part=part.__name__, error=log.described(error))
+    else:
+        _log.error("clock_part_failed", part=part.__name__, exc_info=error)
+
+
 class Sight:
-    """Notices that Redis lost its queues: it was wiped, or it is another process than before."""
+    """Notices that Redis lost its queues: it was wiped, or it is another process than a part has rung for."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._run_id: str | None = None
-        self._seen: str | None = None
-        self._is_marked = True
+        self._run_id = b""
+        self._known: dict[bytes, bytes] = {}
 
-    def lost_the_queues(self) -> bool:
-        """Whether bells rung earlier may be gone. Raises redis' errors while it is away."""
-        info = self._client.info("server")
-        self._seen = str(info.get("run_id"))
-        self._is_marked = bool(self._client.exists(_MARK))
-        return not self._is_marked or (self._run_id is not None and self._run_id != self._seen)
+    def look(self) -> None:
+        """Raises redis' errors while it is away."""
+        self._run_id = str(self._client.info("server").get("run_id")).encode()
+        known: Any = self._client.hgetall(_MARK)
+        self._known = known
 
-    def saw(self) -> None:
-        """The bells have been rung again."""
-        if not self._is_marked:
-            self._client.set(_MARK, 1)
-        self._run_id = self._seen
+    def is_new_to(self, part: str) -> bool:
+        """Whether the bells that this part rang earlier may be gone."""
+        return self._known.get(part.encode()) != self._run_id
+
+    def saw(self, part: str) -> None:
+        """It has rung them again."""
+        if self.is_new_to(part):
+            self._client.hset(_MARK, part, self._run_id)
 
 
 def main() -> int:

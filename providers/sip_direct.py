@@ -8,6 +8,7 @@ R3, R4). `explain` says what a flight would do and sends nothing but questions t
 """
 
 import asyncio
+import errno
 import math
 import secrets
 import socket
@@ -38,6 +39,7 @@ _MOST_BY_UDP = 1300  # bytes of a request (RFC 3261 §18.1.1)
 _OURS = 200  # bytes at most that a sender adds to a request: Via, our address in the Contact, two short headers
 _MOST_FOREIGN = 200  # messages that are not ours: then a connection is given up, and each further datagram has to wait
 _TICK = 0.01  # seconds that it waits
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of this process, or of its machine
 
 
 class DirectFlight:
@@ -202,9 +204,11 @@ class DirectFlight:
         return min(now + self._budget, self._ends_at or math.inf)
 
     def _not_sent(self, lost: Sequence["_Lost"]) -> NotSent:
-        """Permanent only when each server is: one that is merely away today may be in order tomorrow."""
-        is_permanent = all(one.trouble is Trouble.PERMANENT for one in lost)
-        trouble = Trouble.PERMANENT if is_permanent else Trouble.TEMPORARY
+        """Permanent only when each server is: one that is merely away today may be in order tomorrow. Ours when we
+        could not ask each."""
+        troubles = {one.trouble for one in lost}
+        is_ours = Trouble.OURS in troubles
+        trouble = Trouble.OURS if is_ours else troubles.pop() if len(troubles) == 1 else Trouble.TEMPORARY
         host = self._host.strip("[]")
         if len(lost) == 1:
             return NotSent(trouble, lost[0].told(at(host, lost[0].target.port)))
@@ -449,7 +453,8 @@ def _ssl_context() -> ssl.SSLContext:
 def _lost(target: Target, error: OSError) -> _Lost:
     if isinstance(error, ConnectionRefusedError):
         return _RefusedBy(target, "refused by {}")
-    return _Lost(target, f"cannot reach {{}} ({error.strerror or type(error).__name__})")
+    trouble = Trouble.OURS if error.errno in _EXHAUSTED else Trouble.TEMPORARY
+    return _Lost(target, f"cannot reach {{}} ({error.strerror or type(error).__name__})", trouble)
 
 
 def _needs_tcp(target: Target, request: Request) -> bool:

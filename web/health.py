@@ -141,7 +141,9 @@ def _from_rows(s: Session) -> Iterator[metrics.Family]:
     )
     lag = s.scalar(text("SELECT extract(epoch FROM now() - max(done_at)) FROM lease WHERE name = 'sweep'"))
     if lag is not None:
-        yield metrics.gauge("pombal_clock_lag_seconds", "Time since the sweep last ended a round.", [({}, float(lag))])
+        yield metrics.gauge(
+            "pombal_clock_lag_seconds", "Time since a sweep last ended a round without a failure.", [({}, float(lag))]
+        )
     yield from _standings(s)
     yield from _repairs(s)
     yield from _accounts(s)
@@ -203,7 +205,7 @@ def _accounts(s: Session) -> Iterator[metrics.Family]:
     if seen["next_refresh"] is not None:
         yield metrics.gauge(
             "pombal_sip_next_refresh_seconds",
-            "Time to the next REGISTER of any SIP account; negative: it is late.",
+            "Time to the next REGISTER of any SIP account that does not wait for drachtio; negative: it is late.",
             [({}, seen["next_refresh"])],
         )
     yield metrics.gauge(

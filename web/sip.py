@@ -13,19 +13,20 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from sqlalchemy import RowMapping, select
+from sqlalchemy import RowMapping, func, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from models import Event, RegisterStatus, SipRegistration, SipSender, Tenant
-from pombal import db, log
+from pombal import db, log, metrics
 from pombal.settings import settings
 from pombal.times import zulu
 from web.errors import Failure
@@ -97,7 +98,7 @@ async def registration(request: Request) -> Response:
 async def tell(request: Request) -> Response:
     """A controller that registers the account by itself says how it stands: from now on nothing is sent from here.
 
-    Told again, the answer is the same and nothing else happens.
+    Told again, the answer is the same, and but for a report to the backend nothing else happens.
     """
     who, patience = await _proven(request)
     id_ = _id(request, who)
@@ -105,8 +106,11 @@ async def tell(request: Request) -> Response:
     found = await in_time(lambda: asyncio.to_thread(_tell, who, id_, told), patience)
     if found is None:
         raise _not_found(request, who)
-    tenant_id, shown = found
+    tenant_id, shown, lapsed_for = found
     names = {"tenant_id": str(tenant_id), "account_id": str(id_), "request_id": request.scope["request_id"]}
+    if lapsed_for is not None:
+        metrics.sip_lapses.inc()
+        _log.error("sip_lapsed", **names, status=shown["registerStatus"], seconds=round(lapsed_for, 1))
     _log.info("sip_told", **names, status=shown["registerStatus"])
     return JSONResponse(shown)
 
@@ -259,8 +263,9 @@ def _one(who: Who, id_: UUID) -> dict[str, Any] | None:
         return _whole(s, who, id_)
 
 
-def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None:
-    """The account's tenant, and the account as it stands afterwards; None where there is none to be seen."""
+def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any], float | None] | None:
+    """The account's tenant, the account as it stands afterwards, and for how many seconds it had been lapsed if nobody
+    had noted that; None where there is none to be seen."""
     with who.session() as s:
         # Locked, so that of two who tell the same at once only one makes an event.
         wanted = select(
@@ -270,6 +275,7 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
             SipRegistration.is_enabled,
             SipRegistration.next_refresh_at,
             SipRegistration.sender,
+            func.extract("epoch", func.clock_timestamp() - SipRegistration.expires_at).label("over_for"),
         )
         is_it = (SipRegistration.id == id_, SipRegistration.removed_at.is_(None))
         was = s.execute(wanted.where(*is_it).with_for_update()).first()
@@ -290,16 +296,22 @@ def _tell(who: Who, id_: UUID, told: Told) -> tuple[UUID, dict[str, Any]] | None
             error=error,
             last_register_at=told.last_register_at,
             expires_at=told.expires,
+            is_reported=bool(settings().sip_backend_url and settings().sip_backend_key),
         )
         shown = _whole(s, who, id_)
         if shown is None:
             return None
         # By what was written: an expiry that nobody has noted made no event yet. One that has passed makes its own.
         is_over = status is RegisterStatus.REGISTERED and shown["registerStatus"] != status
-        if status != was.register_status and not is_over:
-            payload = {"account": str(id_), "name": shown["name"], "status": status}
-            Event.append(s, [Event.row(_EVENTS[status], was.tenant_id, None, None, payload)])
-        return was.tenant_id, shown
+        before, lapsed_for = was.register_status, None
+        if before == RegisterStatus.REGISTERED and was.is_enabled and (was.over_for or 0) > 0 and not is_over:
+            before, lapsed_for = RegisterStatus.FAILED, float(was.over_for)
+        news = [new for old, new in pairwise((was.register_status, before, status)) if new != old and not is_over]
+        payload = {"account": str(id_), "name": shown["name"]}
+        Event.append(
+            s, [Event.row(_EVENTS[new], was.tenant_id, None, None, {**payload, "status": new}) for new in news]
+        )
+        return was.tenant_id, shown, lapsed_for
 
 
 def _by_contact(who: Who, user: str) -> dict[str, Any] | None:

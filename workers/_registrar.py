@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from uuid import UUID, uuid4
 
@@ -23,7 +24,7 @@ from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from models import Event, SipRegistration, SipSender
-from models.sip_registration import CLAIM, is_drachtios
+from models.sip_registration import CLAIM, CLAIM_ELSEWHERE, is_drachtios
 from pombal import db, log, metrics
 from pombal.middleware import is_store_trouble
 from pombal.settings import settings
@@ -42,6 +43,7 @@ _NEXT_REPORTS = 0.05  # … between two batches of reports
 _LOOK_AGAIN = 0.25  # … while more is due than may be begun
 _RENEW, _RENEW_AGAIN = 3.0, 0.2
 _SAFE = CLAIM.total_seconds() - 2.0  # seconds after which a claim is no longer relied upon: clocks do not run alike
+_COVERED = 40.0  # seconds of it that drachtio is given a request with: 5 to connect, 32 to give up
 _MOST_AT_ONCE = 2_000  # attempts under way
 _MOST_OF_A_PLACE = 200  # … to one host
 _MANY_OF_A_PLACE = 20  # … that leave the last of the room to others
@@ -53,13 +55,15 @@ _FILES = 8_192  # sockets, at most
 
 
 class Held:
-    """An account that is being worked on, and until when that is certain."""
+    """An account that is being worked on; `until` when that is certain, and until when nobody else begins (`covered`),
+    whatever becomes of this process."""
 
-    def __init__(self, row: RowMapping, until: float) -> None:
+    def __init__(self, row: RowMapping, until: float, covered: float = 0.0) -> None:
         self.row = row
         self.key: tuple[UUID, UUID, int] = (row["tenant_id"], row["id"], row["cseq"])
         self.place: str = row["place"]
         self.until = until
+        self.covered = covered
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -81,6 +85,7 @@ class Registrar:
         self._held: dict[UUID, Held] = {}  # until what came of it is written down: nobody here claims it again
         self._done: asyncio.Queue[tuple[Held, Result]] = asyncio.Queue()
         self._buckets: dict[str, Bucket] = {}
+        self._answering: set[str] = set()  # hosts that registered an account since the last look for what is due
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._drachtio = _drachtio()
@@ -167,7 +172,7 @@ class Registrar:
             except Exception as error:
                 if once or not _may_pass(error):
                     raise
-            if once and not left and not self._held:
+            if once and not left and not self._held and not self._answering:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_AGAIN if left or once else _LOOK):
@@ -178,9 +183,17 @@ class Registrar:
         without = (SipSender.AUTO, SipSender.DRACHTIO) if self._is_away else ()
         now = _clock()
         busy = Counter(held.place for held in self._held.values())
-        rows, left = await asyncio.to_thread(self._claim, without, busy, list(self._held))
+        answering, self._answering = self._answering, set()
+        try:
+            if answering:
+                await asyncio.to_thread(_hasten, answering)
+            rows, left = await asyncio.to_thread(self._claim, without, busy, list(self._held))
+        except Exception:
+            self._answering |= answering
+            raise
         for row in rows:
-            held = self._held[row["id"]] = Held(row, now + _SAFE)
+            length = CLAIM_ELSEWHERE if row["sender"] in _elsewhere() else CLAIM
+            held = self._held[row["id"]] = Held(row, now + _SAFE, now + length.total_seconds())
             if row["asked_at"] is None:
                 metrics.sip_lateness.observe(max(0.0, row["late"]))
             held.task = asyncio.create_task(self._attempt(held))
@@ -228,7 +241,7 @@ class Registrar:
             if not row["is_enabled"] and not row["was_tried"]:
                 result = Result.without_an_attempt(Outcome(Kind.UNREGISTERED), was_unregister=True)
             else:
-                result = await _sip_attempt.attempt(row, self._drachtio, held.fence)
+                result = await _sip_attempt.attempt(row, self._drachtio, held.fence, partial(self._cover, held))
         except LostClaim:  # nothing of it is outstanding
             _log.warning("sip_claim_lost", **names)
             self._drop(held)
@@ -243,6 +256,22 @@ class Registrar:
             await self._hold_back(why)
         await self._done.put((held, result))
 
+    async def _cover(self, held: Held) -> None:
+        """Before drachtio is given a request: nobody else begins until it has ended with that, also if we die now.
+        Raises `LostClaim`."""
+        now = _clock()
+        if held.covered - now >= _COVERED:
+            return
+        try:
+            ours = await asyncio.to_thread(self._renew, [held.key], CLAIM_ELSEWHERE)
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            raise LostClaim("the claim could not be renewed") from error
+        if held.key[1] not in ours:
+            raise LostClaim("the claim ran out")
+        held.covered = now + CLAIM_ELSEWHERE.total_seconds()
+
     # ------------------------------------------------------------------------------------------- what came of them
 
     async def _write(self) -> None:
@@ -254,7 +283,9 @@ class Registrar:
             if not await _patiently(self._settle, batch):
                 for one in batch if len(batch) > 1 else ():  # one of them has something that cannot be written
                     await _patiently(self._settle, [one])
-            for held, _ in batch:
+            for held, result in batch:
+                if result.outcome.kind is Kind.REGISTERED:
+                    self._answering.add(held.place)
                 self._drop(held)
                 self._done.task_done()
             if not self._held:
@@ -304,11 +335,11 @@ class Registrar:
                     one.task.cancel()
                     self._drop(one)
 
-    def _renew(self, keys: list[tuple[UUID, UUID, int]]) -> set[UUID]:
+    def _renew(self, keys: list[tuple[UUID, UUID, int]], length: timedelta = CLAIM) -> set[UUID]:
         with db.session() as s:
             db.see_all(s)
             db.by_key(s)
-            return SipRegistration.renew(s, self._token, keys, elsewhere=_elsewhere())
+            return SipRegistration.renew(s, self._token, keys, length)
 
     async def _tell(self) -> None:
         """Tell the backend, if there is one, how accounts stand."""
@@ -402,6 +433,13 @@ def _in_a_transaction(work: Callable[..., object], *given: object) -> None:
 
 def _held_back(s: Session, why: str) -> None:
     Event.append(s, changes(SipRegistration.hold_back(s, why, is_reported=is_reported())))
+
+
+def _hasten(places: Iterable[str]) -> None:
+    with db.session() as s:
+        db.see_all(s)
+        db.by_key(s)
+        SipRegistration.hasten(s, places)
 
 
 def _elsewhere() -> tuple[SipSender, ...]:

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from typing import TypeAlias
 
 from sqlalchemy import RowMapping
 
@@ -24,9 +24,12 @@ from providers.sip_message import Request
 _FOR_THE_OLD = 5.0  # seconds that a Contact which is replaced has to go
 _LONGEST = 39.0  # seconds; an error is written down within 40 (security-reliability.md R1)
 
+# Awaited before drachtio is given a request. Raises when this attempt is no longer ours to make.
+Cover: TypeAlias = Callable[[], Awaitable[None]]
+
 
 class LostClaim(PombalError):
-    """Somebody else may be working on this account by now: what the fence of an attempt raises."""
+    """Somebody else may be working on this account by now: what the fence and the cover of an attempt raise."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ def contacts_of(row: RowMapping) -> tuple[str, str | None]:
     return wanted, None if is_the_same else bound
 
 
-async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> Result:
-    """Register it, or un-register it if it is disabled. Raises only what the fence raises."""
+async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence, cover: Cover) -> Result:
+    """Register it, or un-register it if it is disabled. Raises only what the fence and the cover raise."""
     began_at, began = datetime.now(UTC), time.monotonic()
     is_over = not row["is_enabled"]
     try:
@@ -110,11 +113,11 @@ async def attempt(row: RowMapping, drachtio: Drachtio | None, fence: Fence) -> R
     if is_over and row["contact"] is not None:
         account = replace(account, contact=row["contact"])
         sender = SipSender.DRACHTIO if is_drachtios(row["contact"]) else sender
-    way = partial(_flight, account, drachtio, fence)
+    way = _Way(account, drachtio, fence, cover)
     steps = Attempt(account, cseq=row["cseq"] - CSEQS + 1, unregister=is_over)
     try:
         async with asyncio.timeout(_LONGEST):
-            outcome, reply = await _converse(steps, partial(way, sender))
+            outcome, reply = await _converse(steps, way, sender)
     except TimeoutError:
         outcome, reply = Outcome(Kind.TEMPORARY, error=f"no end within {_LONGEST:.0f} s"), None
     is_doubtful = False
@@ -131,7 +134,7 @@ def _bound(account: Account, reply: Reply | None) -> str | None:
 
 
 async def _replace(
-    account: Account, old: str, way: Callable[[SipSender], Flight], sender: SipSender, cseq: int
+    account: Account, old: str, way: "_Way", sender: SipSender, cseq: int
 ) -> tuple[Outcome, Reply | None] | None:
     """Un-register the old Contact, then register the new one again: some registrars keep one binding, whichever was
     last. None if that did not work: the old one ends by itself then, with its grant."""
@@ -139,20 +142,22 @@ async def _replace(
     by = SipSender.DRACHTIO if is_drachtios(old) else SipSender.DIRECT
     with suppress(TimeoutError, LostClaim):
         async with asyncio.timeout(_FOR_THE_OLD):
-            await _converse(undo, partial(way, by))
-            again = await _converse(Attempt(account, cseq=undo.cseq + 1), partial(way, sender))
+            await _converse(undo, way, by)
+            again = await _converse(Attempt(account, cseq=undo.cseq + 1), way, sender)
             if again[0].kind is Kind.REGISTERED:
                 return again
     return None
 
 
-async def _converse(steps: Attempt, way: Callable[[], Flight]) -> tuple[Outcome, Reply | None]:
+async def _converse(steps: Attempt, way: "_Way", sender: SipSender) -> tuple[Outcome, Reply | None]:
     """Until its outcome; with the last reply, if there was one."""
     reply = None
     try:
-        async with way() as flight:
+        async with way.flight(sender) as flight:
             step: Request | Outcome = steps.begin()
             while not isinstance(step, Outcome):
+                if sender is SipSender.DRACHTIO:
+                    await way.cover()
                 reply = await flight.exchange(step)
                 step = steps.answered(reply.response)
             return step, reply
@@ -160,18 +165,28 @@ async def _converse(steps: Attempt, way: Callable[[], Flight]) -> tuple[Outcome,
         return steps.failed(trouble), reply
 
 
-def _flight(account: Account, drachtio: Drachtio | None, fence: Fence, sender: SipSender) -> Flight:
-    if sender is SipSender.DRACHTIO:
-        if drachtio is None:
-            raise NotSent(Trouble.OURS, "this account is drachtio's, and DRACHTIO_HOST is not set")
-        return drachtio.flight(account.domain, account.port, account.transport, account.proxy, fence)
-    given = settings()
-    return DirectFlight(
-        host=account.proxy or account.domain,
-        port=account.port,
-        transport=account.transport,
-        fence=fence,
-        allowed=given.require_sip_networks(),
-        nameserver=given.sip_nameserver or None,
-        contact_host=None,  # the account's Contact says it already
-    )
+@dataclass(frozen=True)
+class _Way:
+    """How the requests of an attempt leave, whoever sends them."""
+
+    account: Account
+    drachtio: Drachtio | None
+    fence: Fence
+    cover: Cover
+
+    def flight(self, sender: SipSender) -> Flight:
+        account = self.account
+        if sender is SipSender.DRACHTIO:
+            if self.drachtio is None:
+                raise NotSent(Trouble.OURS, "this account is drachtio's, and DRACHTIO_HOST is not set")
+            return self.drachtio.flight(account.domain, account.port, account.transport, account.proxy, self.fence)
+        given = settings()
+        return DirectFlight(
+            host=account.proxy or account.domain,
+            port=account.port,
+            transport=account.transport,
+            fence=self.fence,
+            allowed=given.require_sip_networks(),
+            nameserver=given.sip_nameserver or None,
+            contact_host=None,  # the account's Contact says it already
+        )

@@ -2,8 +2,8 @@
 
 import random
 import secrets
-import time
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import RowMapping
@@ -24,43 +24,50 @@ _EVENTS = {"registered": "sip_registered", "failed": "sip_failed", "pending": "s
 
 def verdict(row: RowMapping, result: Result, dice: random.Random, *, is_away: bool) -> dict[str, Any]:
     """What `SipRegistration.settle` takes, for a row as it was claimed. `is_away`: drachtio is."""
-    outcome, now = result.outcome, time.monotonic()
-    bound = None if row["bound_seconds"] is None else row["bound_seconds"] - (now - result.began)
-    next_ = _next(row, result, dice, bound if bound is not None and bound > 0 else None, now, is_away=is_away)
+    outcome = result.outcome
+    wait = _wait(row, result, dice, is_away=is_away)
     has_failed = outcome.kind in (Kind.PERMANENT, Kind.TEMPORARY)
+
+    def at(moment: float) -> str:
+        """By the database's clock. The attempt began after the row was claimed, so this is never ahead of the truth:
+        nobody is registered for longer than was granted, however late this is written."""
+        then = row["claimed_at"] + timedelta(seconds=moment - result.began)
+        return str(then.isoformat())
+
     return {
         **{name: row[name] for name in ("tenant_id", "id", "cseq", "revision")},
         "outcome": outcome.kind,
         "code": outcome.code,
         "error": outcome.error,
         "granted": outcome.granted,
-        "ago": now - result.sent,
-        "next": next_,
+        "sent_at": at(result.sent),
+        "next_at": None if wait is None else at(result.ended + wait),
         "fails": 1 if has_failed else 0 if outcome.kind is Kind.OURS else None,
         "algorithm": outcome.algorithm,
         "server": result.server,
         "contact": result.contact,
         "call_id": secrets.token_hex(16) if outcome.wants_new_call_id else None,
         "entries": _entries(row, result),
-        "is_over": result.was_unregister and next_ is None,
+        "is_over": result.was_unregister and wait is None,
         "is_reported": is_reported(),
     }
 
 
-def _next(
-    row: RowMapping, result: Result, dice: random.Random, bound: float | None, now: float, *, is_away: bool
-) -> float | None:
-    """Seconds until the next attempt; None for never. `bound`: seconds that a binding still lives."""
+def _wait(row: RowMapping, result: Result, dice: random.Random, *, is_away: bool) -> float | None:
+    """Seconds from the end of an attempt until the next one; None for never."""
     outcome = result.outcome
+    bound = (row["bound_seconds"] or 0.0) - (result.ended - result.began)  # that a binding still lives
+    bound_seconds = bound if bound > 0 else None
     if outcome.kind is Kind.REGISTERED and outcome.granted is not None:
-        wait = sip.refresh_after(outcome.granted, dice) - (now - result.sent)
+        wait = sip.refresh_after(outcome.granted, dice) - (result.ended - result.sent)
         return min(wait, sip.SHORTEST_WAIT) if result.is_doubtful else wait
-    if outcome.kind is Kind.UNREGISTERED or (result.was_unregister and bound is None):
+    if outcome.kind is Kind.UNREGISTERED or (result.was_unregister and bound_seconds is None):
         return None
-    wait = sip.retry_after(outcome, row["failures"] + 1, dice, bound_seconds=bound)
+    wait = sip.retry_after(outcome, row["failures"] + 1, dice, bound_seconds=bound_seconds)
     if outcome.kind is Kind.OURS and not is_away:
-        wait = _OURS_AGAIN if bound is None else min(_OURS_AGAIN, max(sip.SHORTEST_WAIT, bound - sip.LAST_CALL))
-    if result.was_unregister and bound is not None:
+        is_last_call = bound_seconds is not None
+        wait = min(_OURS_AGAIN, max(sip.SHORTEST_WAIT, bound - sip.LAST_CALL)) if is_last_call else _OURS_AGAIN
+    if result.was_unregister:
         wait = min(wait, bound + 1.0)  # it ends by itself then
     return wait
 
@@ -69,7 +76,7 @@ def _entries(row: RowMapping, result: Result) -> list[dict[str, Any]]:
     """Of the history: this attempt, and the one before it if nobody could write down what came of that."""
     outcome, seconds = result.outcome, result.ended - result.began
     told = (outcome.kind, outcome.code, outcome.error, seconds, result.server, outcome.notes)
-    entries = [entry(result.began_at, *told)]
+    entries = [entry(result.began_at, *told, retry_after=outcome.retry_after)]
     if row["lost_at"] is not None:
         entries.insert(0, entry(row["lost_at"], "unknown", None, "its worker ended in mid-attempt", 0.0, None, ()))
     return entries
@@ -81,29 +88,41 @@ def is_reported() -> bool:
 
 
 def changes(written: Iterable[RowMapping]) -> list[dict[str, Any]]:
-    """Events of accounts whose status is not what it was, from what `settle`, `hold_back` and `lapse` return."""
-    return [
-        Event.row(
-            _EVENTS[row["status"]],
-            row["tenant_id"],
-            None,
-            None,
-            {"account": str(row["id"]), "name": row["name"], "status": row["status"], "error": row["register_error"]},
-        )
-        for row in written
-        if row["status"] != row["was"]
-    ]
+    """Events of accounts whose status is not what it was, from what `settle`, `hold_back` and `lapse` return. A binding
+    that ended while nobody looked, and is there again, is two."""
+    events = []
+    for row in written:
+        was, status = row["was"], row["status"]
+        if row.get("lapsed_for") is not None and status == RegisterStatus.REGISTERED:
+            was = RegisterStatus.FAILED
+            events.append(_event(row, RegisterStatus.FAILED, row["lapse_error"]))
+        if status != was:
+            events.append(_event(row, status, row["register_error"]))
+    return events
+
+
+def _event(row: RowMapping, status: str, error: str | None) -> dict[str, Any]:
+    payload = {"account": str(row["id"]), "name": row["name"], "status": status, "error": error}
+    return Event.row(_EVENTS[status], row["tenant_id"], None, None, payload)
+
+
+def say_lapse(row: RowMapping) -> None:
+    """Tell the log and the metrics of a binding that ended without a refresh, whoever found it: a row of `settle` or of
+    `lapse` that has `lapsed_for`."""
+    metrics.sip_lapses.inc()
+    told = {"status": row["status"], "error": row.get("lapse_error") or row["register_error"]}
+    _log.error("sip_lapsed", **names_of(row), **told, seconds=round(row["lapsed_for"], 1))
 
 
 def say(row: RowMapping, outcome: Outcome) -> None:
     """Tell the log and the metrics of a row that was written."""
     names = names_of(row)
-    if row["was"] == RegisterStatus.REGISTERED and row["status"] == RegisterStatus.FAILED:
-        metrics.sip_lapses.inc()
+    if row["lapsed_for"] is not None:
+        say_lapse(row)
     if outcome.kind is Kind.UNREGISTERED or row["next_refresh_at"] is None:
         _log.info("sip_unregistered", **names, error=outcome.error)
     elif outcome.kind is Kind.REGISTERED:
-        if row["was"] != RegisterStatus.REGISTERED:
+        if row["was"] != RegisterStatus.REGISTERED or row["lapsed_for"] is not None:
             _log.info("sip_registered", **names, granted=outcome.granted, expires_at=row["expires_at"].isoformat())
         odd = {"notes": outcome.notes} if outcome.notes else {}
         _log.info("sip_refresh_scheduled", **names, at=row["next_refresh_at"].isoformat(), **odd)

@@ -18,7 +18,7 @@ from pombal.errors import Permanent
 from pombal.middleware import bell_may_be_lost
 from workers._registrar import Registrar
 from workers._rounds import new_loop
-from workers._sip_outcomes import changes, is_reported, names_of
+from workers._sip_outcomes import changes, is_reported, names_of, say_lapse
 
 _log = log.get()
 
@@ -48,8 +48,10 @@ def note_lapses() -> None:
         lapsed = SipRegistration.lapse(s, is_reported=is_reported())
         Event.append(s, changes(lapsed))
     for row in lapsed:
-        metrics.sip_lapses.inc()
-        _log.error("sip_lapsed", **names_of(row), status=row["status"], error=row["register_error"])
+        if row["lapsed_for"] is not None:
+            say_lapse(row)
+        else:
+            _log.info("sip_unregistered", **names_of(row), error="its binding ended by itself")
 
 
 def ring_registrations() -> int:

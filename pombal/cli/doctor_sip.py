@@ -197,7 +197,8 @@ def _late(ours: list[Found]) -> Iterator[Finding]:
     late = []
     for one in ours:
         at, until, now = one.row["next_refresh_at"], one.row["claimed_until"], one.row["now"]
-        if at is not None and now - at > LATE and (until is None or until <= now):
+        is_held_back = one.row["is_held_back"]
+        if at is not None and now - at > LATE and (until is None or until <= now) and not is_held_back:
             late.append(one.name)
     if late:
         what = f"due for {LATE.seconds} seconds, and nobody has taken them: does a worker of sip_refresh run?"

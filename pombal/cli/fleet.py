@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pombal import log
+from pombal import garbage, log
 from pombal.errors import Misconfigured, Rejected
 from pombal.settings import require_secrets, settings
 
@@ -24,6 +24,7 @@ def web(given: Namespace) -> int:
     from web import app
     from web.server import serve
 
+    garbage.settled()
     serve(app, given.host or settings().host, given.port or settings().port)
     return 0
 
@@ -68,10 +69,12 @@ def _require_sip_contact() -> None:
 
 
 def clock(given: Namespace) -> int:
+    settings().require_sip_backend()
     _ready("clock_starting")
     import workers  # noqa: F401 - declares the actors that tick
     from pombal.clock import main
 
+    garbage.settled()
     return main()
 
 

@@ -24,7 +24,7 @@ from pombal.cli.admin import show as tell
 from pombal.cli.sip_standing import Found, account_named, span
 from pombal.errors import Rejected
 from pombal.secrets import unseal
-from pombal.settings import require_secrets
+from pombal.settings import require_secrets, settings
 from providers import sip_words
 from providers.sip import Kind
 from providers.sip_message import parse_uri
@@ -121,7 +121,14 @@ def change(given: Namespace) -> int:
 
 
 def register(given: Namespace) -> int:
-    """Register it now, before all others, and wait for what comes of it. Exit code 0 once it is registered."""
+    """Register it now, before all others, and wait for what comes of it. Exit code 0 once it is registered. All are
+    registered without waiting."""
+    if given.all:
+        return _register_all(given)
+    if given.host is not None:
+        raise Refused("--host goes with --all")
+    if given.account is None:
+        raise Refused("say which account, or --all")
     found = account_named(given.account, given.tenant)
     if given.dry_run:
         from pombal.cli.sip_dry import foretell  # imports the fleet
@@ -133,7 +140,8 @@ def register(given: Namespace) -> int:
             what = "is registered by a controller, and two senders would undo each other's bindings"
             raise Refused(f"{found.name} {what}: stop it there, then say --take-over")
         _require_password(found)
-        more["sender"] = SipSender.AUTO
+        more["sender"] = standing.sender_before(found.row)
+        say(f"{found.name}: taken over from its controller; {more['sender']} sends it again")
     if given.allow_downgrade:
         more["algorithm"] = None
     with db.session([found.row["tenant_id"]]) as s:
@@ -141,6 +149,23 @@ def register(given: Namespace) -> int:
             raise Refused(f"{found.name} was removed meanwhile")
     _ring()
     return _followed(found, given.wait, "registered", _registered)
+
+
+def _register_all(given: Namespace) -> int:
+    """Make all due that are enabled and ours: after an outage, for who would not wait. Exit code 0 if there are any."""
+    if given.account is not None or given.dry_run or given.take_over or given.allow_downgrade:
+        raise Refused("--all goes with --host and --tenant alone")
+    host = sip_words.check_host(given.host) if given.host is not None else None
+    tenant_id = tenant_named(given.tenant).id if given.tenant else None
+    with db.session() as s:
+        db.see_all(s)
+        count = SipRegistration.ask_all(s, tenant_id=tenant_id, host=host)
+    if not count:
+        raise Refused(f"no account is enabled and ours{f' with the host {host}' if host else ''}")
+    _ring()
+    are_due = "1 account is due now" if count == 1 else f"{count} accounts are due now"
+    say(f"{are_due}; a worker begins {settings().sip_starts_per_second} a second of each host: `pombal sip list`")
+    return 0
 
 
 def unregister(given: Namespace) -> int:
@@ -328,9 +353,8 @@ def _progress(found: Found, waited: float, *, is_begun: bool) -> str:
         return "a worker is at it"
     if standing.is_claimed(found.row):
         return "an earlier attempt is under way; this one comes after it"
-    error = found.row["register_error"] or ""
-    if waited >= _HELD_BACK and "drachtio" in error:  # all other errors are of attempts before
-        return f"it waits: {error}"
+    if waited >= _HELD_BACK and found.row["is_held_back"]:
+        return standing.waits_for(found.row)
     return "nobody works on it: is a worker of sip_refresh running?" if waited >= _NOBODY else ""
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import RowMapping, select
 from models import SipRegistration, SipSender
 from pombal import db
 from pombal.cli import say
-from pombal.cli.sip_standing import Found, next_try
+from pombal.cli.sip_standing import Found, next_try, sender_before
 from pombal.errors import Misconfigured
 from pombal.secrets import unseal
 from pombal.settings import settings
@@ -28,7 +28,7 @@ def foretell(found: Found, *, takes_over: bool, allows_downgrade: bool) -> int:
     is_external = found.row["sender"] == SipSender.EXTERNAL
     meant: dict[str, Any] = dict(found.row)
     if is_external:
-        meant["sender"] = SipSender.AUTO
+        meant["sender"] = sender_before(found.row)
     if allows_downgrade:
         meant["algorithm"] = None
     row = cast(RowMapping, meant)
@@ -127,6 +127,7 @@ def _credentials(account: Account) -> Iterator[str]:
     if floor and not floor.startswith("MD5"):
         yield f"Nothing weaker than {floor}, which was accepted last (--allow-downgrade forgets it)."
     yield "At most twice, the second time for a new nonce alone. A third demand means that the password is wrong."
+    yield "A proxy before the registrar is one more that may ask."
 
 
 def _afterwards(row: RowMapping, account: Account) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _afterwards(row: RowMapping, account: Account) -> Iterator[str]:
     soonest, latest = (sip.refresh_after(asked, dice) for dice in (_Highest(), _Lowest()))
     yield f"If {asked} s are granted: registered until then, and registered anew after {soonest:.0f} to {latest:.0f} s."
     yield f"If it is refused: `failed`, with its reason, and tried again after {_wait(Kind.PERMANENT)}."
-    yield f"If nobody answers, or 5xx: tried again after {_wait(Kind.TEMPORARY)}, then ever later, up to 30 min."
+    yield f"If nobody answers, or 5xx: tried again after {_wait(Kind.TEMPORARY)}, then after 100 s at the most."
     yield "A binding that is alive stays `registered` meanwhile, until it ends."
     if row["external_id"] is not None:
         is_told = settings().require_sip_backend() is not None

@@ -28,7 +28,8 @@ _LISTED = (
     *("id", "name", "host", "sender", "is_enabled", "status", "register_error", "last_register_at"),
     *("next_refresh_at", "expires_at", "granted", "failures", "last_outcome", "last_status_code", "unregistered_since"),
 )
-_OURS_ALONE = ("register_status", "revision", "removed_at", "from_tag", "now", "bound_seconds")  # nor in `show --json`
+# nor in `show --json`
+_OURS_ALONE = ("register_status", "revision", "removed_at", "from_tag", "now", "bound_seconds", "is_held_back")
 _NAMES = {"contact_token": "contact_user"}  # as everybody else calls it
 
 
@@ -132,12 +133,20 @@ def next_try(row: RowMapping) -> str:
         return "now: a worker is at it"
     if at is None:
         return "never: it is disabled" if not row["is_enabled"] else "never"
+    if row["is_held_back"]:
+        return f"when drachtio is back; {waits_for(row)}"
     why = _why(row)
     if at > now:
         return f"{minute(at)}, in {span(at - now)}: {why}"
     if now - at < LATE:
         return f"now: {why}"
     return f"due for {span(now - at)}, and nobody has taken it ({why}): does a worker of sip_refresh run?"
+
+
+def waits_for(row: RowMapping) -> str:
+    """Of one that is held back."""
+    error = row["register_error"] or ""
+    return f"it waits: {error if 'drachtio' in error else 'drachtio is away'}"  # others are of an attempt before
 
 
 def span(length: timedelta) -> str:
@@ -174,6 +183,8 @@ def _short_next(row: RowMapping) -> str:
         return "never"
     if is_claimed(row):
         return "under way"
+    if row["is_held_back"]:
+        return "when drachtio is back"
     return f"in {span(at - now)}" if at > now else "now" if now - at < LATE else f"late by {span(now - at)}"
 
 
@@ -249,7 +260,14 @@ def sent_by(row: RowMapping) -> tuple[str, str]:
         chosen = SipSender.DRACHTIO if is_set else SipSender.DIRECT
         is_it = "is set" if is_set else "is not set"
         return chosen, f"DRACHTIO_HOST {is_it} in this shell; the worker's environment decides"
-    return sender, "its controller" if sender == SipSender.EXTERNAL else "the account says so"
+    if sender == SipSender.EXTERNAL:
+        return sender, f"its controller; {sender_before(row)} after --take-over"
+    return sender, "the account says so"
+
+
+def sender_before(row: RowMapping) -> SipSender:
+    """Who sends again once a controller's account is taken over."""
+    return SipSender(row["sender_before"] or SipSender.AUTO)
 
 
 def bound_by(row: RowMapping) -> str | None:

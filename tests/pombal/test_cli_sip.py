@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import RowMapping, select
 
-from models import SipRegistration, Tenant
+from models import RegisterStatus, SipRegistration, Tenant
 from pombal import db
 from pombal.cli import doctor_sip, main
 from pombal.cli.fleet import ROOT
@@ -354,7 +354,7 @@ def test_an_earlier_attempt_that_does_not_end_is_not_waited_for_without_an_end(
         said = capsys.readouterr().out
         assert said.startswith(f"{account[0]}: it is to be ")
         assert re.search(r"nothing came of it in \d+ s: an earlier attempt is under way; ", said)
-        assert "403" not in said
+        assert ": 403 " not in said
         assert "running?" not in said
 
 
@@ -467,6 +467,32 @@ def test_a_change_is_registered_anew_and_an_empty_word_takes_a_value_away(
     assert same == "nothing changes: it is so already, and is not registered anew\n"
     assert row(tenant)["revision"] == after["revision"]
     assert password(tenant) == PASSWORD
+
+
+def test_an_account_that_a_controller_took_is_sent_as_before_once_it_is_taken_over(
+    terminal: Terminal, tenant: Tenant, account: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = account
+    monkeypatch.setenv("DRACHTIO_HOST", "drachtio.example")  # to which `auto` would give it
+    terminal("sip", "change", name, "--sender", "direct")
+    id_ = row(tenant)["id"]
+    with db.session([tenant.id]) as s:
+        for _ in range(2):
+            failed, no = RegisterStatus.FAILED, None
+            assert SipRegistration.told(s, tenant.id, id_, status=failed, error=no, last_register_at=no, expires_at=no)
+
+    assert row(tenant)["sender"] == "external"
+    assert "its controller; direct after --take-over" in terminal("sip", "show", name)
+    assert "the worker itself, since the account says so" in terminal(
+        "sip", "register", name, "--dry-run", "--take-over"
+    )
+    assert "direct sends it again" in terminal("sip", "register", name, "--take-over", "--wait", "0")
+    assert row(tenant)["sender"] == "direct"
+
+    terminal("sip", "change", name, "--sender", "drachtio")
+    terminal("sip", "change", name, "--sender", "external")
+    terminal("sip", "register", name, "--take-over", "--wait", "0")
+    assert row(tenant)["sender"] == "drachtio", "also where an operator had given it away"
 
 
 def test_what_drachtio_bound_and_what_was_odd_is_shown_in_words(
@@ -694,6 +720,27 @@ def test_doctor_knocks_at_drachtio(tenant: Tenant, account: tuple[str, str], mon
     assert shut[0].startswith("error: drachtio: ")
     assert "(DRACHTIO_HOST, DRACHTIO_PORT, DRACHTIO_SECRET)" in away[0]
     assert "not-the-right-one" not in shut[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SIP_ALLOWED_NETWORKS", "all", "SIP_ALLOWED_NETWORKS"),
+        ("SIP_NAMESERVER", "somewhere else", "SIP_NAMESERVER"),
+        ("SIP_CONTACT", "sip:sbc.example", "SIP_CONTACT: the contact host"),
+        ("SIP_BACKEND_URL", "backend.internal:8080", "SIP_BACKEND_URL is not an http(s) address"),
+    ],
+)
+def test_a_worker_whose_settings_cannot_be_right_does_not_start_and_names_them(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIP_BACKEND_KEY", "key")
+    monkeypatch.setenv(name, value)
+    settings.cache_clear()
+
+    assert main(["worker", "sip_refresh"]) != 0
+
+    assert said in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------- up

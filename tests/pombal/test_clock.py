@@ -16,11 +16,14 @@ from uuid import UUID, uuid4
 import msgspec
 import psycopg
 import pytest
+from sqlalchemy import text
 
 from models import Lease, Tick
 from pombal import db
 from pombal.broker import redis_client
+from pombal.cli import main
 from pombal.clock import Clock
+from pombal.settings import settings
 from tests import factories
 from tests.pombal.breakable import Servers
 from tests.pombal.processes import Running, running, tell_a_thread, until
@@ -124,6 +127,88 @@ def many(number: int) -> list[UUID]:
             [uuid4(), number],
         )
         return [row[0] for row in found]
+
+
+# -------------------------------------------------------------------------------- parts of a sweep, each by itself
+
+
+@contextmanager
+def sweeping() -> Iterator[None]:
+    """`Clock.sweep` of this process, restarted as a clock does."""
+    clock = Clock()
+    with db.session() as s:
+        s.execute(text("DELETE FROM lease WHERE name = 'sweep'"))
+    thread = threading.Thread(target=clock._forever, args=(clock.sweep,))
+    thread.start()
+    try:
+        yield
+    finally:
+        clock.stop()
+        thread.join()
+
+
+def last_round() -> datetime | None:
+    with db.session() as s:
+        found: datetime | None = s.scalar(text("SELECT done_at FROM lease WHERE name = 'sweep'"))
+    return found
+
+
+def without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIP_BACKEND_URL", "backend.internal:8080")
+    monkeypatch.setenv("SIP_BACKEND_KEY", "a-key")
+    settings.cache_clear()
+
+
+@pytest.fixture
+def fresh_settings() -> Iterator[None]:
+    yield
+    settings.cache_clear()
+
+
+def test_a_part_that_always_fails_stops_no_other_part_of_the_sweep_and_is_seen(
+    nothing_waits: None, fresh_settings: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    without_a_scheme(monkeypatch)  # of which the part that notes what lapsed must hear
+    id_ = a_row()
+
+    with sweeping():
+        until(lambda: [id_] in rung(), seconds=20)
+        until(lambda: "note_lapses" in (said := "".join(capfd.readouterr())) and "clock_part_failed" in said)
+
+    assert last_round() is None, "no round was whole: pombal_clock_lag_seconds grows"
+
+
+def test_a_part_that_failed_when_redis_had_lost_its_queues_rings_for_them_once_it_can_and_no_other_does_again(
+    nothing_waits: None,
+) -> None:
+    id_ = a_row(next_ring_at=LATER)  # a bell rang, and Redis lost it
+    broker.flush_all()
+    with redis_client() as client:
+        client.delete("pombal:rung-for")
+        client.set("dramatiq:incoming_message.msgs", "not what it should be")
+        client.set("dramatiq:download_media", "nor this")
+
+        with sweeping():
+            until(lambda: client.hexists("pombal:rung-for", "ring_sessions"))
+            assert not client.hexists("pombal:rung-for", "ring_waiting")
+            client.delete("dramatiq:incoming_message.msgs")
+            until(lambda: [id_] in rung())
+            until(lambda: client.hexists("pombal:rung-for", "ring_waiting"))
+            assert last_round() is None
+            client.delete("dramatiq:download_media")
+            until(lambda: last_round() is not None)
+
+    assert rung() == [[id_]]
+
+
+def test_a_clock_whose_sip_settings_are_wrong_does_not_start_and_says_why(
+    fresh_settings: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_a_scheme(monkeypatch)
+
+    for command in (["clock"], ["worker", "sip_refresh"]):
+        assert main(command) != 0
+        assert "SIP_BACKEND_URL is not an http(s) address" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- leases and ticks

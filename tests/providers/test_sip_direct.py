@@ -2,7 +2,9 @@
 anything takes, only on what is sent and in which order."""
 
 import asyncio
+import os
 import re
+import resource
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -343,6 +345,32 @@ def test_what_is_no_response_is_dropped_and_counted() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("transport", [Transport.UDP, Transport.TCP])
+def test_a_process_without_a_file_to_spare_does_not_blame_the_account(transport: Transport) -> None:
+    async def test() -> None:
+        async with flight(9, transport=transport) as one:
+            with no_more_files(), pytest.raises(NotSent) as failure:
+                await one.exchange(FIRST)
+
+        assert failure.value.trouble is Trouble.OURS
+        assert failure.value.text == "cannot reach 127.0.0.1:9 (Too many open files)"
+
+    run(test)
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """As many as are open may be; the lowest number that is free is what the next one would get."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest:
+        number = lowest.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_a_closed_port_is_known_at_once() -> None:
     async def test() -> None:
         async with by_udp(says(0)) as server:
@@ -512,7 +540,7 @@ def test_nothing_is_sent_once_the_fence_is_down(transport: Transport) -> None:
         with a_fence(lets=2) as fence:  # a socket, and what is sent first
             server_of = by_udp(says(401)) if transport is Transport.UDP else by_tcp(says(401))
             async with server_of as server:
-                async with flight(server.port, transport=transport, fence=fence, patient=True) as one:
+                async with flight(server.port, transport=transport, fence=fence, patient=True, t1=PATIENT) as one:
                     assert (await one.exchange(FIRST)).response.status == 401
                     with pytest.raises(NotOurs):
                         await one.exchange(SECOND)

@@ -144,6 +144,7 @@ def nearby(monkeypatch: pytest.MonkeyPatch, **given: str) -> Iterator[None]:
 
 
 def nobody_registers() -> None:
-    """No account that a test left behind is due for another's worker."""
+    """No account that a test left behind is due for another's worker, and no drachtio of one is said to be away."""
     with superuser() as connection:
         connection.execute("DELETE FROM sip_registration")
+        connection.execute("DELETE FROM lease WHERE name = 'drachtio_away'")

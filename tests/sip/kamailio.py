@@ -22,8 +22,9 @@ _CONFIG = Path(__file__).with_name("kamailio.cfg")
 _PATIENCE = 60.0  # seconds
 _PROGRAM = shutil.which("kamailio") or shutil.which("kamailio", path="/usr/sbin:/usr/local/sbin")
 
+IS_INSTALLED = _PROGRAM is not None
 needs_kamailio = pytest.mark.skipif(
-    _PROGRAM is None, reason="kamailio is not installed (Debian: apt-get install kamailio)"
+    not IS_INSTALLED, reason="kamailio is not installed (Debian: apt-get install kamailio)"
 )
 
 

@@ -315,6 +315,25 @@ def test_a_controller_that_died_is_noticed_and_says_so_itself_later(web: Web) ->
     assert [kind for kind, _ in events(account)] == ["sip_registered", "sip_failed"]
 
 
+def test_a_lapse_that_nobody_had_noted_is_told_before_the_registration_that_ends_it(web: Web) -> None:
+    account = an_account()
+    key = a_key(account.tenant)
+    told(web, account, key, {"registerStatus": "registered", "registerError": ERROR, "expires": ago(minutes=-1)})
+    before = numbers(scraped(web)).get(("pombal_sip_lapses_total", ()), 0.0)
+    set_to(account, expires_at=datetime.now(UTC) - timedelta(minutes=10))
+
+    shown = content(told(web, account, key, {"registerStatus": "registered", "expires": ago(minutes=-1)}))
+
+    assert (shown["registerStatus"], shown["unregisteredSince"]) == ("registered", None)
+    assert [kind for kind, _ in events(account)] == ["sip_registered", "sip_failed", "sip_registered"]
+    lines = [line for line in web.lines() if line.get("account_id") == str(account.id)]
+    (line,) = [line for line in lines if line["event"] == "sip_lapsed"]
+    assert 600 <= line["seconds"] < 720
+    assert ERROR not in str(events(account)) + web.log()
+    lapses = ("pombal_sip_lapses_total", ())
+    assert until(lambda: numbers(scraped(web)).get(lapses, 0) >= before + 1, time.monotonic() + 30)
+
+
 def test_a_registration_that_is_told_after_it_expired_is_no_news_of_one(web: Web) -> None:
     account = an_account()
     key = a_key(account.tenant)

@@ -7,14 +7,17 @@ import pytest
 
 from models import SipRegistration
 from pombal import db
+from pombal.broker import broker
+from pombal.cli.sip_standing import next_try
 from pombal.settings import settings
 from sandbox.drachtio import Standin
 from sandbox.sip_thread import SipThread
+from tests.factories import superuser
 from tests.sandbox.drachtio_servers import SECRET, a_drachtio
 from tests.sandbox.sip_servers import a_registrar
 from tests.sip.accounts import PASSWORD, a_registering_worker, an_account, nearby, until
 from tests.web.process import running
-from workers.sip_refresh import sip_refresh
+from workers.sip_refresh import ring_registrations, sip_refresh
 
 FLEET_KEY = "the-key-of-the-drachtio-controller"
 
@@ -79,6 +82,45 @@ def test_while_drachtio_is_away_all_wait_and_say_so_and_none_has_failed(provider
         drachtio.come_back()
         for account in accounts:
             account.until(lambda row: row["status"] == "registered" and row["register_error"] is None)
+
+
+def test_accounts_that_wait_for_drachtio_are_no_sign_of_a_missing_worker_as_long_as_one_lives(
+    provider: SipThread, drachtio: Standin
+) -> None:
+    broker.flush("sip_refresh")
+    accounts = [an_account("127.0.0.1", provider.port, f"551190000222{n}") for n in range(2)]
+    with a_registering_worker():
+        for account in accounts:
+            account.until(lambda row: row["status"] == "registered")
+        drachtio.go_away()
+        drachtio.hang_up()
+        accounts[0].ask()
+        accounts[0].until(lambda row: "drachtio" in (row["register_error"] or ""))
+        accounts[1].disable()
+        for account in accounts:
+            account.until(lambda row: row["is_held_back"])
+            account.set(next_refresh_at="now() - interval '1 minute'")
+
+        assert (ring_registrations(), seconds_to_next()) == (0, None)
+        tries = [next_try(account.row()) for account in accounts]
+        assert tries[0].startswith("when drachtio is back; it waits: cannot reach drachtio")
+        assert tries[1] == "when drachtio is back; it waits: drachtio is away"
+
+    with superuser() as connection:
+        connection.execute("UPDATE lease SET until = now() WHERE name = 'drachtio_away'")
+    assert all("does a worker of sip_refresh run?" in next_try(account.row()) for account in accounts)
+    late = seconds_to_next()
+    assert late is not None
+    assert late < -15
+    assert ring_registrations() == 1
+
+
+def seconds_to_next() -> float | None:
+    """As `pombal_sip_next_refresh_seconds` has it."""
+    with db.session() as s:
+        db.see_all(s)
+        found: float | None = SipRegistration.overview(s)["next_refresh"]
+    return found
 
 
 def test_the_backend_is_told_that_drachtio_is_away(

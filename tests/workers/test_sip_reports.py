@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from pombal.settings import settings
 from sandbox.sip_thread import SipThread
 from tests.sandbox.sip_servers import a_registrar
 from tests.sip.accounts import PASSWORD, Account, a_registering_worker, an_account, nearby, until
+from tests.web.process import running
+from workers.sip_refresh import note_lapses
 
 KEY = "the-key-of-the-backend"
+FLEET_KEY = "the-key-of-a-controller-of-the-fleet"
 
 
 class Backend:
@@ -44,21 +48,21 @@ class Backend:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    running = Backend()
-    thread = threading.Thread(target=running.server.serve_forever, args=(0.05,))
+    backend = Backend()
+    thread = threading.Thread(target=backend.server.serve_forever, args=(0.05,))
     thread.start()
-    with nearby(monkeypatch, SIP_BACKEND_URL=running.url + "/", SIP_BACKEND_KEY=KEY):
-        yield running
-    running.server.shutdown()
+    with nearby(monkeypatch, SIP_BACKEND_URL=backend.url + "/", SIP_BACKEND_KEY=KEY):
+        yield backend
+    backend.server.shutdown()
     thread.join()
-    running.server.server_close()
+    backend.server.server_close()
 
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[SipThread]:
-    with a_registrar() as running:
-        running.user("5511900001111", PASSWORD)
-        yield running
+    with a_registrar() as registrar:
+        registrar.user("5511900001111", PASSWORD)
+        yield registrar
 
 
 def a_customer(provider: SipThread, external_id: str | None) -> Account:
@@ -132,6 +136,25 @@ def test_nothing_leaves_where_the_address_or_the_key_is_not_set(
 
     assert backend.reports == []
     assert row["report_at"] is None
+
+
+def test_what_a_controller_tells_is_told_too_or_a_lapse_would_be_the_last_word(
+    backend: Backend, provider: SipThread, tmp_path: Path
+) -> None:
+    account = a_customer(provider, "14")
+    account.set(sender="'external'", register_status="'registered'", expires_at="now() - interval '2 seconds'")
+    note_lapses()
+    told = {"registerStatus": "registered", "lastRegisterAt": "2026-01-02T03:04:05Z"}
+    with a_registering_worker():
+        until(lambda: backend.reports, lambda reports: len(reports) == 1)
+        with running(tmp_path / "web.log", {"API_KEY": FLEET_KEY}) as web:
+            path = f"/api/sip/provider-registration/{account.id}"
+            assert web.http.patch(path, json=told, headers={"x-api-key": FLEET_KEY}).status_code == 200
+        until(lambda: backend.reports, lambda reports: len(reports) == 2)
+        account.until(lambda row: row["report_at"] is None)
+
+    assert [body["registerStatus"] for _, _, body in backend.reports] == ["failed", "registered"]
+    assert backend.reports[1][2]["lastRegisterAt"] == told["lastRegisterAt"]
 
 
 def test_news_that_came_while_a_report_failed_are_told_at_once(backend: Backend, provider: SipThread) -> None:
