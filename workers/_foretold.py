@@ -1,10 +1,17 @@
-"""What a session's gateway says, and what a repair would do, for whoever asks by hand: nothing is touched. Not a queue,
-hence the underscore."""
+"""What a step of a repair comes to, before it is made: for the repair, and for whoever asks by hand what one would do.
+Nothing is touched. Not a queue, hence the underscore."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
 
-from models import Repair, RepairPause
-from models.repair import Step
+from sqlalchemy import RowMapping, text
+from sqlalchemy.orm import Session
+
+from models import Repair, RepairPause, SessionError
+from models.repair import Phase, Step
+from models.session_error import Tally
 from pombal import db
 from pombal.errors import Misconfigured, Permanent, Rejected
 from pombal.settings import settings
@@ -13,15 +20,95 @@ from providers.gateway import Gateway
 from providers.instance import InstanceFault
 from workers import _ladder
 from workers._patient import Patient, Row, host_of
-from workers._repair import MOST_STEPS
+
+LASTING = ("misconfigured", "refused", "missing", "no_access")  # faults of a store that waiting does not mend
 
 _HOW = {
     Step.CONTACT_REFRESH: "make fresh sessions with the affected contacts",
     Step.RESTART: "close the socket and open it again, credentials kept",
     Step.DROP_KEYS: "close the socket, back up and drop derived keys, open it again",
     Step.RESTORE_CREDS: "close the socket, put back the kept credentials of the same pairing, open it again",
-    Step.PERSON: "ask a person",
 }
+
+
+class Plan(NamedTuple):
+    """What a step comes to: what is made may be another (`step`, and `why`), or nothing (`lacks`). It works on `names`,
+    entries of the store or contacts (None: on the session as a whole), and begins with `phase`. `out_of_reach`: the
+    fault of a store that it can do without."""
+
+    step: Step
+    why: str = ""
+    names: list[str] | None = None
+    lacks: str | None = None
+    phase: Phase = Phase.STOPPING
+    out_of_reach: str | None = None
+
+
+# ---------------------------------------------------------------------------------------- what a repair asks as well
+
+
+async def beyond_repair(patient: Patient, gateway: Gateway) -> str | None:
+    """What a person has to do before anything can help; None where that is nothing. Raises `InstanceFault`, also when
+    the gateway is not well."""
+    await gateway.health()
+    state = (await gateway.look()).state
+    return patient.hopeless(is_open=state == "open") or _ladder.SHUT.get(state)
+
+
+def planned(
+    patient: Patient, step: Step, gateway: Gateway, *, is_of_groups: bool = False, may_restore: bool = True
+) -> Plan:
+    """What comes of this step, which can be made as far as the patient's means go. Raises `StoreFault`."""
+    known, out_of_reach = _known_store(patient, step)
+    if known is not None and step != Step.RESTORE_CREDS and known.creds_are_broken():
+        # It lives by what it has in memory: whoever closes its socket now loses the pairing.
+        can_restore = may_restore and patient.means(gateway).lacks(Step.RESTORE_CREDS) is None
+        if can_restore and known.plan_restore() is not None:
+            return Plan(Step.RESTORE_CREDS, "its stored credentials are broken")
+        return Plan(Step.PERSON, "its stored credentials are broken: closing its socket would end the pairing")
+    store = patient.store_for(step, gateway)
+    if store is not None:
+        names = patient.names_for(step, store, is_of_groups=is_of_groups)
+        return Plan(step, names=names, lacks=None if names else "there is nothing that it could drop or put back")
+    if step == Step.CONTACT_REFRESH:  # not of groups, nor of another device of our own
+        jids = [jid for jid in patient.affected() if not jid.endswith("@g.us")]
+        return Plan(step, names=jids, lacks=None if jids else "there is no contact to refresh", phase=Phase.ACTING)
+    phase = Phase.ACTING if "restart" in gateway.abilities else Phase.STOPPING
+    return Plan(step, phase=phase, out_of_reach=out_of_reach)
+
+
+def _known_store(patient: Patient, step: Step) -> tuple[Store | None, str | None]:
+    """The store of its keys, if it has one; or the fault for which it cannot be reached, where the step needs none.
+    Raises `StoreFault` for others."""
+    try:
+        store = patient.store()
+        if store is not None:
+            store.check()
+    except StoreFault as fault:
+        if step != Step.RESTART or fault.code not in LASTING:
+            raise
+        return None, fault.code
+    return store, None
+
+
+# --------------------------------------------------------------------------------------- what one by hand begins with
+
+
+def former(s: Session, tenant_id: UUID, channel_id: UUID) -> RowMapping | None:
+    """The incident that is not closed, which one by hand takes the place of, unless somebody is in the middle of a step
+    of it (`is_busy`)."""
+    return s.execute(_FORMER, {"tenant_id": tenant_id, "channel_id": channel_id}).mappings().first()
+
+
+def counted(s: Session, tenant_id: UUID, channel_id: UUID, before: RowMapping | None) -> tuple[Tally, datetime]:
+    """The errors of the last windows, and since when a repair by hand counts: from the first of them on, or from where
+    the incident before it did."""
+    tally = SessionError.tally(s, tenant_id, channel_id, settings().require_error_window())
+    since: datetime = tally.since or s.execute(_NOW).scalar_one()
+    return tally, min(since, before["since"]) if before is not None else since
+
+
+# ------------------------------------------------------------------------------------------------------------ foretold
 
 
 def asked(row: Row) -> str:
@@ -41,60 +128,116 @@ def asked(row: Row) -> str:
 
 
 def foretold(row: Row, wanted: Step | None) -> list[str]:
-    """What a repair of this session would do now, step by step, and why: a line each."""
-    patient = _imagined(row)
-    lines = _forbidden(patient)
-    if wanted is not None:
-        steps: tuple[Step, ...] = (wanted,)
-        why = "asked for by hand"
-    else:
-        tally = patient.tally()
-        if not tally.errors:
-            return [*lines, "nothing: no error counts"]
-        steps, why = _ladder.path(tally, settings().threshold_errors)
+    """What a repair of this session, begun by hand now, would do, and why: a line each. The step that would be made
+    comes without an `else`; what may follow it is told as far as it is known by now."""
+    tenant_id, channel_id = row["tenant_id"], row["id"]
+    with db.session([tenant_id]) as s:
+        SessionError.heal(s, tenant_id, channel_id)
+        before = former(s, tenant_id, channel_id)
+        tally, since = counted(s, tenant_id, channel_id, before)
+        is_paused = RepairPause.holds(s, channel_id) is not None
+        made = Repair.lately(s, tenant_id, channel_id).steps
+        has_wish = s.execute(_WISH, {"tenant_id": tenant_id, "channel_id": channel_id}).first() is not None
+        now: datetime = s.execute(_NOW).scalar_one()
+    patient = _imagined(row, wanted, since)
+    mode = settings().session_fixer
+    lines = [f"nothing, since POMBAL_SESSION_FIXER is {mode}; else:"] if mode != "repair" else []
+    lines += ["nothing, since repairs are paused; else:"] if is_paused else []
+    if before is not None and before["is_busy"]:
+        return [*lines, f"nothing: it is in the middle of a step ({before['step']}), which is finished first"]
+    if wanted is None and before is None and not tally.errors:
+        return [*lines, "nothing: no error counts"]
+    if made:
+        lines.append(
+            f"{made} step{'s were' if made > 1 else ' was'} made in the last day, which hinders nothing by hand"
+        )
+    if has_wish:
+        lines.append("waits first: somebody is starting or ending the session")
+    if wanted is None and patient.read_until() < now:
+        lines.append("waits first: until what came in before is read")
     try:
-        return [*lines, why, *patient.ask(_tell(patient, steps))]
+        return [*lines, *patient.ask(_tell(patient, wanted))]
     except StoreFault as fault:
-        return [*lines, f"nothing: its keys cannot be reached: {fault.text}"]
+        return [*lines, f"waits: its keys cannot be reached: {fault.text}"]
     except InstanceFault as fault:
-        return [*lines, f"nothing: {fault.text} ({fault.code})"]
+        return [*lines, f"waits for the gateway: {fault.text}"]
     except (Misconfigured, Permanent, Rejected) as error:
         return [*lines, f"nothing: {error}"]
 
 
-def _forbidden(patient: Patient) -> list[str]:
-    mode = settings().session_fixer
-    with db.session([patient.tenant_id]) as s:
-        made = Repair.lately(s, patient.tenant_id, patient.channel_id)
-        scope = RepairPause.holds(s, patient.channel_id)
-    lines = [f"nothing, since POMBAL_SESSION_FIXER is {mode}; else:"] if mode != "repair" else []
-    lines += ["nothing, since repairs are paused; else:"] if scope else []
-    return [*lines, f"{made.steps} of the {MOST_STEPS} steps of a day were made"]
+def _tell(patient: Patient, wanted: Step | None) -> Callable[[Gateway], Awaitable[list[str]]]:
+    """As a repair decides: what is asked for can be made at all, then the session is not beyond repair."""
 
-
-def _tell(patient: Patient, steps: tuple[Step, ...]) -> Callable[[Gateway], Awaitable[list[str]]]:
     async def tell(gateway: Gateway) -> list[str]:
-        await gateway.health()
-        seen = await gateway.look()
-        if hopeless := patient.hopeless(is_open=seen.state == "open"):
-            return [f"ask a person: {hopeless}"]
-        means = patient.means(gateway)
-        lines = []
-        for step in steps:
-            lacks = means.lacks(step)
-            store = None if lacks or step == Step.PERSON else patient.store_for(step, gateway)
-            names = f" ({_amount(patient, step, store)} entries)" if store is not None else ""
-            lines.append(f"{step}: no, {lacks}" if lacks else f"{step}: {_HOW[step]}{names}")
-        return lines
+        if wanted is not None and (lacks := patient.means(gateway).lacks(wanted)):
+            return ["asked for by hand", f"{wanted}: no, {lacks}"]
+        if refused := await beyond_repair(patient, gateway):
+            return [f"ask a person: {refused}"]
+        if wanted is not None:
+            return ["asked for by hand", *_told(patient, gateway, (wanted,))]
+        tally = patient.tally()
+        if not tally.errors:
+            return ["nothing: no error counts any more"]
+        steps, why = _ladder.path(tally, settings().threshold_errors)
+        return [why, *_told(patient, gateway, steps, is_of_groups=_ladder.is_of_groups(tally))]
 
     return tell
 
 
-def _amount(patient: Patient, step: Step, store: Store) -> int:
-    return len(patient.names_for(step, store, is_of_groups=_ladder.is_of_groups(patient.tally())))
+def _told(patient: Patient, gateway: Gateway, steps: Sequence[Step], *, is_of_groups: bool = False) -> list[str]:
+    """A line for each of these steps. Raises `StoreFault` that waiting mends."""
+    lines: list[str] = []
+    or_else = ""  # before what is made only if what stands above did not help
+    for step in steps:
+        if step == Step.PERSON:
+            lines.append(f"{or_else}ask a person")
+            continue
+        plan = _possible(patient, step, gateway, is_of_groups=is_of_groups)
+        if plan.step == Step.PERSON:
+            return [*lines, f"{or_else}ask a person: {plan.why}"]
+        if plan.step != step:  # what comes after that one depends on what it leaves
+            return [*lines, plan.why, *_told(patient, gateway, (plan.step,))]
+        if plan.lacks is not None:
+            lines.append(f"{step}: no, {plan.lacks}")
+            continue
+        lines.append(f"{or_else}{step}: {_HOW[step]}{_amount(plan)}")
+        or_else = "else "
+    return lines
 
 
-def _imagined(row: Row) -> Patient:
-    """Of an incident that there is none of, to ask with."""
-    incident = {"channel_id": row["id"], "host": host_of(row["config"]), "since": None, "wanted_step": None}
+def _possible(patient: Patient, step: Step, gateway: Gateway, *, is_of_groups: bool) -> Plan:
+    """As `planned`, of a step that the gateway or the channel may not allow, or whose keys are out of reach."""
+    lacks = patient.means(gateway).lacks(step)
+    if lacks is not None:
+        return Plan(step, lacks=lacks)
+    try:
+        return planned(patient, step, gateway, is_of_groups=is_of_groups)
+    except StoreFault as fault:
+        if fault.code not in LASTING:
+            raise
+        return Plan(step, lacks=f"its keys cannot be reached: {fault.text}")
+
+
+def _amount(plan: Plan) -> str:
+    if plan.names is None:
+        return ""
+    one, many = ("contact", "contacts") if plan.phase == Phase.ACTING else ("entry", "entries")
+    return f" ({len(plan.names)} {one if len(plan.names) == 1 else many})"
+
+
+def _imagined(row: Row, wanted: Step | None = None, since: datetime | None = None) -> Patient:
+    """Of the incident that would be opened, to ask with."""
+    incident = {"channel_id": row["id"], "host": host_of(row["config"]), "since": since, "wanted_step": wanted}
     return Patient({**row, **incident})
+
+
+_NOW = text("SELECT now()")
+
+_FORMER = text("""
+    SELECT id, step, since, extract(epoch FROM now() - opened_at)::float8 AS seconds,
+        phase IN ('stopping', 'stopped', 'acting', 'starting') OR (claim_token IS NOT NULL AND next_at > now())
+            AS is_busy
+    FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state <> 'closed'
+""")
+
+_WISH = text("SELECT 1 FROM session WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND wish IS NOT NULL")

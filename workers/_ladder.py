@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from models.repair import Step
 from models.session_error import Tally
-from providers.gateway import Ability
+from providers.gateway import Ability, SessionLook
 from providers.undecrypted import Cause
 
 FEW = 3  # contacts: their own sessions are broken, rather than all of them
@@ -23,6 +23,12 @@ ENDS: Mapping[int, str] = {
     403: "WhatsApp has blocked this number (403): settle that on the phone before anything is started again",
     402: "the gateway does not reconnect after a 402: look at the account on the phone",
     406: "the gateway does not reconnect after a 406: look at the account on the phone",
+}
+
+# How a session stands that no repair opens, and what a person is told.
+SHUT: Mapping[SessionLook, str] = {
+    "qr": "the session asks for a QR code: pair it again",
+    "closed": "the session is closed, and not by a repair: `pombal channel restart` opens it, if it should be",
 }
 
 

@@ -48,7 +48,7 @@ def repair(given: Namespace) -> int:
     wanted = _step(given.step)
     rows = _chosen(given.channel)
     if given.dry_run:
-        return _foretell(rows, wanted, is_json=given.json)
+        return _foretell(rows, wanted, is_all=given.channel == ALL, is_json=given.json)
     if settings().session_fixer != "repair":
         raise Refused(f"POMBAL_SESSION_FIXER is {settings().session_fixer}: nothing is repaired")
     if given.channel == ALL:
@@ -217,7 +217,8 @@ def _paused() -> str:
         pauses = RepairPause.counts(s)
     parts = [] if mode == "repair" else [f"POMBAL_SESSION_FIXER is {mode}"]
     parts += ["all repairs are paused"] if pauses["all"] else []
-    parts += [f"{pauses['channel']} channels are paused"] if pauses["channel"] else []
+    if count := pauses["channel"]:
+        parts.append(f"{count} channel{'s are' if count > 1 else ' is'} paused")
     return "; ".join(parts)
 
 
@@ -250,28 +251,32 @@ def _step(given: str | None) -> Step | None:
 
 def _opened(row: RowMapping, wanted: Step | None) -> UUID:
     """An incident by hand in place of one that waits or observes; one that is in the middle of a step goes on."""
+    from workers._foretold import counted, former
     from workers._patient import host_of
     from workers.session_fixer import evidence_of, ring_fixer
 
     with db.session([row["tenant_id"]]) as s:
         SessionError.heal(s, row["tenant_id"], row["id"])
-        tally = SessionError.tally(s, row["tenant_id"], row["id"], settings().require_error_window())
-        since = tally.since or s.execute(text("SELECT now()")).scalar_one()
-        former = s.scalar(_SINCE, {"tenant_id": row["tenant_id"], "channel_id": row["id"]})
-        Repair.cancel(s, row["tenant_id"], row["id"])
+        before = former(s, row["tenant_id"], row["id"])
+        tally, since = counted(s, row["tenant_id"], row["id"], before)
+        is_cancelled = Repair.cancel(s, row["tenant_id"], row["id"])
         id_ = Repair.open(
             s,
             row["tenant_id"],
             row["id"],
             host=host_of(row["config"]),
             cause=tally.main_cause() or "none",
-            since=min(since, former) if former else since,
+            since=since,
             evidence=evidence_of(s, row["tenant_id"], row["id"], tally),
             wanted_step=wanted,
             is_by_hand=True,
         )
         if id_ is None:
             raise Refused(f"{row['slug']}/{row['name']} is in the middle of a step: it is finished first")
+        if before is not None and is_cancelled:
+            ended = {"outcome": RepairOutcome.CANCELLED, "why": "another was begun by hand", "step": before["step"]}
+            ended |= {"channel": str(row["id"]), "repair": str(before["id"]), "seconds": round(before["seconds"], 3)}
+            Event.append(s, [Event.row("repair_finished", row["tenant_id"], row["id"], None, ended)])
         payload = {"channel": str(row["id"]), "repair": str(id_), "why": "asked for by hand"}
         Event.append(s, [Event.row("incident_opened", row["tenant_id"], row["id"], None, payload)])
     ring_fixer(row["tenant_id"], row["id"])
@@ -316,15 +321,17 @@ def _progress(one: Repair) -> Iterator[str]:
         yield one.says
 
 
-def _foretell(rows: list[RowMapping], wanted: Step | None, *, is_json: bool) -> int:
-    """What would be done, and why; nothing is written, nothing is touched."""
+def _foretell(rows: list[RowMapping], wanted: Step | None, *, is_all: bool, is_json: bool) -> int:
+    """What would be done, and why; nothing is begun, nothing is touched."""
     from workers._foretold import foretold
 
     log.setup()
     found = []
     for row in rows:
         seen = _seen(row)
-        found.append({name: value for name, value in seen.items() if name != "row"} | {"plan": foretold(row, wanted)})
+        left_out = _left_out(row, seen) if is_all else None
+        plan = [f"nothing: {left_out}"] if left_out else foretold(row, wanted)
+        found.append({name: value for name, value in seen.items() if name != "row"} | {"plan": plan})
     if is_json:
         as_json(found)
         return 0
@@ -336,6 +343,13 @@ def _foretell(rows: list[RowMapping], wanted: Step | None, *, is_json: bool) -> 
     if not found:
         say("no channels of Baileys gateways")
     return 0
+
+
+def _left_out(row: RowMapping, seen: dict[str, Any]) -> str | None:
+    """Why a repair of all sessions does nothing to this one."""
+    if seen["verdict"] != "errors":
+        return f"of all, only sessions with too many errors are repaired ({seen['verdict']})"
+    return "its repairs are paused" if _is_paused(row) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- told
@@ -384,11 +398,6 @@ _CHANNELS = text("""
     LEFT JOIN repair AS r ON r.tenant_id = c.tenant_id AND r.channel_id = c.id AND r.state <> 'closed'
     LEFT JOIN session_look AS l ON l.tenant_id = c.tenant_id AND l.channel_id = c.id
     WHERE c.kind = :kind ORDER BY t.slug, c.name
-""")
-
-# Errors of an incident that a person takes over are still those of the new one.
-_SINCE = text("""
-    SELECT since FROM repair WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND state <> 'closed'
 """)
 
 _STATS = text("""
