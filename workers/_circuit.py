@@ -73,7 +73,7 @@ class Circuit:
             if fault.code not in _OF_THE_HOST:
                 self.answered(host)
             elif self.failed(host, channel):
-                _log.error("gateway_paused", code=fault.code)
+                _log.error("gateway_paused", channel_id=str(channel), code=fault.code)
             raise
         self.answered(host)
         return found

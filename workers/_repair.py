@@ -22,12 +22,13 @@ from pombal.middleware import is_store_trouble
 from pombal.secrets import unseal
 from pombal.settings import settings
 from providers import authstore
-from providers.authstore import Store, StoreFault
+from providers.authstore import StoreFault
 from providers.gateway import Gateway, Look
 from providers.instance import InstanceFault
 from providers.undecrypted import Cause
 from workers import _ladder
 from workers._patient import Patient, Row
+from workers._plan import LASTING, beyond_repair, planned
 from workers.status_sync import ask_soon
 
 _log = log.get()
@@ -43,7 +44,6 @@ _RETRIES_TAKE = 30.0  # seconds in which a message may still arrive (baileys-ses
 _MOST_REFUSALS = 3
 _MOST_BOUNCES = 3
 _ALARMS = (10, 100, 1000)
-_LASTING = ("misconfigured", "refused", "missing", "no_access")  # faults of a store that waiting does not mend
 # Faults of a call that may have been heard all the same.
 _MAY_BE_DONE = ("timeout", "unreachable", "provider_error", "unreadable")
 _STOPS_WITHIN = 60.0
@@ -53,10 +53,9 @@ _LOOK_WAITING = 600.0
 _QUIET = 3600.0  # without an error of anybody, and with messages: nothing is left to wait for
 _STORE_HELD = 180.0  # longer than any claim, and than any call of a store
 _LATE_STOP = 300.0  # seconds in which a stop of ours may close a socket yet
+_STAYS_CLOSED = 60.0  # seconds after which one that others closed does not open by itself
+_MOST_WAITS = 8  # ever longer, four minutes in all, for an inbox that is always late
 _LONGEST_WAIT = 300.0
-
-
-_CLOSED_BY_OTHERS = "the session is closed, and not by a repair: `pombal channel restart` opens it, if it should be"
 
 
 class Next(NamedTuple):
@@ -128,12 +127,17 @@ class Turn:
             return self._to_a_person(self.row["says"] or "no step is left")
         if held := self._held():
             return self._later(held, 60.0, is_failure=False)
-        lately = self._now() - timedelta(seconds=_BEHIND)  # it may have waited here for long
-        if self.row["wanted_step"] is None and self.patient.read_until() < max(self.row["phase_at"], lately):
-            # The end that no step cures, or the messages that arrived after all, may be in it.
-            wait = min(_LOOK_AGAIN, self._glance())
-            return self._later("waits until what came in before is read", wait, is_failure=False)
+        if self.row["wanted_step"] is None and self._is_unread():
+            return self._later("waits until what came in before is read")
         return self.patient.ask(self._cause if self.step == Step.CAUSE else self._may_act)
+
+    def _is_unread(self) -> bool:
+        """The end that no step cures, or the messages that arrived after all, may have come in since this step was
+        planned, or while it cooled down. An inbox that is always a little late holds nothing up for ever."""
+        since: datetime = self.row["phase_at"]
+        if self.row["failures"] < _MOST_WAITS:
+            since = max(since, self._now() - timedelta(seconds=_BEHIND))
+        return self.patient.read_until() < since
 
     def _held(self) -> str | None:
         """Why nothing may be begun, if somebody does not want it."""
@@ -150,7 +154,7 @@ class Turn:
 
     async def _cause(self, gateway: Gateway) -> Next:
         """Rule out what no repair cures, then take the mildest step that fits; those that cannot be made are noted."""
-        if refused := await self._is_beyond_repair(gateway):
+        if refused := await beyond_repair(self.patient, gateway):
             return self._to_a_person(refused)
         tally = self.patient.tally()
         if not tally.errors:
@@ -162,18 +166,6 @@ class Turn:
         # The scope and the reason that were chosen: more may fail, and more be said, before the step is made.
         evidence = {**self.row["evidence"], "is_of_groups": _ladder.is_of_groups(tally), "why": choice.why}
         return self._to(choice.step, choice.why, more=skipped, evidence=evidence)
-
-    async def _is_beyond_repair(self, gateway: Gateway) -> str | None:
-        """What a person has to do before anything can help; None where that is nothing."""
-        await gateway.health()
-        seen = await gateway.look()
-        if hopeless := self.patient.hopeless(is_open=seen.state == "open"):
-            return hopeless
-        if seen.state == "qr":
-            return "the session asks for a QR code: pair it again"
-        if seen.state == "closed":
-            return _CLOSED_BY_OTHERS
-        return None
 
     async def _may_act(self, gateway: Gateway) -> Next:
         """Whether this step may be made: not too soon, not too often, on a gateway and a session that are well."""
@@ -192,55 +184,30 @@ class Turn:
         lacks = self.patient.means(gateway).lacks(self.step)
         if lacks is not None:  # it could when it was chosen, or it was asked for by hand
             return self._ended_with("skipped", lacks)
-        if refused := await self._is_beyond_repair(gateway):
+        if refused := await beyond_repair(self.patient, gateway):
             return self._to_a_person(refused)
         try:
             return self._chosen(gateway)
         except StoreFault as fault:
-            if fault.code in _LASTING:
+            if fault.code in LASTING:
                 return self._ended_with("skipped", f"its keys cannot be reached: {fault.text}")
             return self._later(f"its keys cannot be reached: {fault.text}")
 
     def _chosen(self, gateway: Gateway) -> Next:
         """Begin the step, with what it works on."""
-        known = self._known_store()
-        if known is not None and self.step != Step.RESTORE_CREDS and known.creds_are_broken():
-            # It lives by what it has in memory: whoever closes its socket now loses the pairing.
-            is_weak = self.patient.tally().strong <= settings().threshold_errors and not self.row["is_by_hand"]
-            if (
-                not is_weak
-                and self.patient.means(gateway).lacks(Step.RESTORE_CREDS) is None
-                and known.plan_restore() is not None
-            ):
-                why = "its stored credentials are broken"
-                return self._to(Step.RESTORE_CREDS, why, evidence={**self.row["evidence"], "why": why})
-            return self._to_a_person("its stored credentials are broken: closing its socket would end the pairing")
-        store = self.patient.store_for(self.step, gateway)
-        if store is not None:
-            is_of_groups = bool(self.row["evidence"].get("is_of_groups")) and self.row["wanted_step"] is None
-            names = self.patient.names_for(self.step, store, is_of_groups=is_of_groups)
-            if not names:
-                return self._ended_with("skipped", "there is nothing that it could drop or put back")
-            return self._begun(Phase.STOPPING, self._why(), names=names)
-        if self.step == Step.CONTACT_REFRESH:
-            jids = [jid for jid in self.patient.affected() if not jid.endswith("@g.us")]
-            if not jids:  # of groups, or of another device of our own
-                return self._ended_with("skipped", "there is no contact to refresh")
-            return self._begun(Phase.ACTING, self._why(), names=jids)
-        return self._begun(Phase.ACTING if "restart" in gateway.abilities else Phase.STOPPING, self._why())
-
-    def _known_store(self) -> Store | None:
-        """The store of its keys, if it can be reached: a restart needs none. Raises `StoreFault` for other steps."""
-        try:
-            store = self.patient.store()
-            if store is not None:
-                store.check()
-        except StoreFault as fault:
-            if self.step != Step.RESTART or fault.code not in _LASTING:
-                raise
-            _log.warning("repair_store_unknown", **self._names(), code=fault.code)
-            return None
-        return store
+        # By hand it is all that the step is for.
+        is_of_groups = bool(self.row["evidence"].get("is_of_groups")) and self.row["wanted_step"] is None
+        is_weak = self.patient.tally().strong <= settings().threshold_errors and not self.row["is_by_hand"]
+        plan = planned(self.patient, self.step, gateway, is_of_groups=is_of_groups, may_restore=not is_weak)
+        if plan.out_of_reach is not None:
+            _log.warning("repair_store_unknown", **self._names(), code=plan.out_of_reach)
+        if plan.step == Step.PERSON:
+            return self._to_a_person(plan.why)
+        if plan.step != self.step:
+            return self._to(plan.step, plan.why, evidence={**self.row["evidence"], "why": plan.why})
+        if plan.lacks is not None:
+            return self._ended_with("skipped", plan.lacks)
+        return self._begun(plan.phase, self._why(), names=plan.names)
 
     # ------------------------------------------------------------------------------------------------- making a step
 
@@ -295,13 +262,14 @@ class Turn:
     async def _acting(self, gateway: Gateway) -> Next:
         """What is done by the gateway itself, without the socket closed by us; one call in a turn."""
         if self.step == Step.RESTART:
+            began = self._now()
             try:
                 await gateway.restart()
             except InstanceFault as fault:
                 if fault.code not in _MAY_BE_DONE:
                     return self._refused(fault)
                 _log.warning("repair_restart_in_doubt", **self._names(), code=fault.code)
-            return Next(self._in(Phase.STARTING), _LOOK_AGAIN)
+            return Next(self._in(Phase.STARTING) | {"judged_from": began}, _LOOK_AGAIN)
         jid, *rest = self.row["names"]
         done = int(self.row["steps"][-1]["details"].get("refreshed", 0))
         try:
@@ -357,7 +325,9 @@ class Turn:
         if trouble := self._trouble():
             if trouble == "not_stopped" and self._may_close_yet():
                 return Next({"says": "its socket was not closed in time, and may be yet"}, self._glance())
-            return self._ended_with("failed", f"it could not be made ({trouble})")  # whatever arrives is not its doing
+            return self._healed(self.row["judged_from"]) or self._ended_with(
+                "failed", f"it could not be made ({trouble})"
+            )
         observed, most = self._observed(), settings().threshold_errors
         tally = self.patient.tally()
         is_weak = tally.strong <= most < tally.at_once
@@ -408,19 +378,32 @@ class Turn:
         hopeless = self.patient.hopeless(is_open=False)
         if seen.state == "qr":
             asked = is_ours and not hopeless and not self._has_bounced()
-            return self._to_a_person(hopeless or "the session asks for a QR code: pair it again", asked_for_qr=asked)
+            return self._to_a_person(hopeless or _ladder.SHUT["qr"], asked_for_qr=asked)
         if hopeless:
             return self._to_a_person(hopeless)
         if not is_ours:
-            return self._to_a_person(_CLOSED_BY_OTHERS)
+            return self._closed_by_others()
         bounces = int(self.row["steps"][-1]["details"].get("reopened", 0)) + 1
         if bounces > _MOST_BOUNCES:
             return self._to_a_person("its socket is closed again and again")
+        if self.step == Step.RESTART:  # then that was its stop
+            made = {"judged_from": self._now()} | self._told(reopened=bounces, trouble=None)
+            return Next(self._in(Phase.STARTING) | made, 0.0)
         return Next(self._in(Phase.STARTING) | self._told(reopened=bounces), 0.0)
+
+    def _closed_by_others(self) -> Next:
+        """It is a person's if it is closed at a second look, too: gateways begin anew by themselves."""
+        pause = min(_STAYS_CLOSED, self._observed())
+        first = self.row["steps"][-1]["details"].get("closed_at")
+        if first is not None and pause <= self._age(datetime.fromisoformat(first)) <= 30 * pause:
+            return self._to_a_person(_ladder.SHUT["closed"], ended="unproven")
+        if first is None or self._age(datetime.fromisoformat(first)) > pause:
+            return Next(self._told(closed_at=self._now().isoformat()) | {"says": "its socket is closed"}, pause)
+        return Next({}, pause)
 
     def _may_close_yet(self) -> bool:
         """By a stop of ours that comes late."""
-        return self._age(self.row["judged_from"] or self.row["phase_at"]) < _LATE_STOP
+        return self._age(self.row["phase_at"]) < _LATE_STOP
 
     def _trouble(self) -> str | None:
         """Why what this step is for could not be done."""
@@ -446,23 +429,46 @@ class Turn:
         if is_begun_by_hand or age < observed:
             return None
         after = max(self.row["phase_at"], self._now() - timedelta(seconds=max(observed, _LOOK_WAITING)))
+        if over := self._healed(after):
+            return over
+        if self.row["state"] == RepairState.WAITING and age > _QUIET and self._is_quiet():
+            why = "messages of others can be decrypted, and hardly any failed for long"
+            return self._closed(RepairOutcome.HEALED, why)
+        return None
+
+    def _healed(self, after: datetime) -> Next | None:
+        """Whether nothing failed since then, as far as anybody can know, and messages of those who had errors came."""
         heard = self.patient.heard(after, grace=0.0, weak=True)
-        if heard["errors"] or heard["fresh"]:
+        if heard["errors"] or heard["fresh"] or self._age(heard["read_until"]) > _BEHIND:
             return None
         has_named = any(cause != Cause.WEAK for cause in self.row["evidence"].get("causes", {}))
-        if heard["decrypted"] if has_named else heard["traffic"]:
-            return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
-        if self.row["state"] == RepairState.WAITING and age > _QUIET and self._is_quiet():
-            return self._closed(
-                RepairOutcome.HEALED, "messages of others can be decrypted, and nothing failed for long"
-            )
-        return None
+        if not (heard["decrypted"] if has_named else heard["traffic"]):
+            return None
+        return self._closed(RepairOutcome.HEALED, "messages of the affected contacts can be decrypted again")
 
     def _is_quiet(self) -> bool:
         """Those who had errors may never write again: then a new storm could not open an incident, for ever."""
         heard = self.patient.heard(self._now() - timedelta(seconds=_QUIET), grace=0.0, weak=True)
-        is_well = heard["traffic"] and not heard["errors"] and not heard["fresh"]
-        return bool(is_well) and not self.patient.hopeless(is_open=True)
+        is_well = heard["traffic"] and not heard["again"] and heard["errors"] <= settings().threshold_errors
+        is_read = not heard["fresh"] and self._age(heard["read_until"]) <= _BEHIND
+        return (
+            bool(is_well and is_read)
+            and self.row["channel_status"] != "disconnected"
+            and not self.patient.hopeless(is_open=False)
+            and not self._has_broken_creds()
+        )
+
+    def _has_broken_creds(self) -> bool:
+        """Then it lives by what it has in memory, and somebody must know."""
+        try:
+            store = self.patient.store()
+            if store is None:
+                return False
+            store.check()
+            return store.creds_are_broken()
+        except StoreFault as fault:
+            _log.warning("repair_store_unknown", **self._names(), code=fault.code)
+            return False
 
     def _waits(self) -> Next:
         """For a person; over when messages can be decrypted again, by whatever they did."""
@@ -504,10 +510,11 @@ class Turn:
             return self._to(Step.CAUSE, why, more=[self._entry(self.step, why, outcome=outcome)])
         return self._to(Step.CAUSE, why, ended=outcome)
 
-    def _to_a_person(self, why: str, *, asked_for_qr: bool = False) -> Next:
+    def _to_a_person(self, why: str, *, asked_for_qr: bool = False, ended: str | None = "failed") -> Next:
+        """`ended`: what came of the step under way."""
         _log.error("repair_needs_a_person", **self._names(), why=why)
         note(self.row["name"], f"needs a person: {why}")
-        ended = "asked_for_qr" if asked_for_qr else "failed" if self.phase != Phase.PLANNED else None
+        ended = "asked_for_qr" if asked_for_qr else ended if self.phase != Phase.PLANNED else None
         if ended:
             metrics.repairs.labels(step=self.step, outcome=ended).inc()
         metrics.repairs.labels(step=Step.PERSON, outcome="begun").inc()

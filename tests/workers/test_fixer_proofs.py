@@ -130,19 +130,29 @@ def test_a_step_that_could_not_be_made_proves_nothing(
     fail(channel, count=1)
     arrive(channel)
 
-    def is_judged() -> bool:
-        go_on(channel)
-        return incident(channel)["acts"][0][1] is not None
+    told = walk(channel, state="closed")
 
-    until(is_judged, "it is judged")
+    assert (told["outcome"], told["acts"]) == ("healed", [("restart", "healed")])
 
-    assert incident(channel)["acts"] == [("restart", "failed")]
+
+def test_a_step_that_could_not_be_made_has_failed_if_nothing_healed_by_itself(
+    baileys: Baileys, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers._repair._STOPS_WITHIN", 0.3)
+    monkeypatch.setattr("workers._repair._LATE_STOP", 1.0)
+    channel = a_session(baileys, tenant)
+    baileys.habits("g1", "26", stop_is_ignored=True)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    arrive(channel, jids=STRANGERS)
+
+    assert walk(channel, state="waiting")["acts"] == [("restart", "failed")]
 
 
 def test_a_store_that_somebody_holds_keeps_no_session_closed(
     baileys: Baileys, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers._repair._STORE_HELD", 1.0)
+    monkeypatch.setattr("workers._repair._STORE_HELD", 4.0)
     channel = a_session(baileys, tenant, **with_keys(baileys))
     backups = baileys.folder("g1", "x").parent / ".pombal-backups" / "26"
     backups.mkdir(parents=True)
@@ -238,7 +248,52 @@ def test_a_stop_of_ours_that_comes_late_is_undone_even_while_repairs_are_paused(
 
     until(is_open, "it is opened again")
 
-    assert incident(channel)["steps"][-1]["details"]["reopened"] == 1
+    assert incident(channel)["steps"][-1]["details"] == {"reopened": 1, "trouble": None}
+    with db.session() as s:
+        RepairPause.end(s, "all")
+    arrive(channel)  # that was the restart
+    assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
+
+
+def test_a_session_that_was_long_in_opening_and_closes_again_is_opened(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    changed(channel, "judged_from = judged_from - interval '1 hour'")
+    baileys.end("g1", "26", 428, reconnects=False)
+
+    def is_open() -> bool:
+        go_on(channel)
+        return baileys.state("g1", "26") == "open"
+
+    until(is_open, "it is opened again")
+
+
+def test_a_gateway_that_begins_anew_calls_nobody(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant, observe_seconds=5)
+    fail(channel)
+    changed_to_watching(channel)
+    baileys.end("g1", "26", 428, reconnects=False)
+    go_on(channel)
+    assert (incident(channel)["state"], incident(channel)["says"]) == ("open", "its socket is closed")
+
+    row = {"tenant_id": tenant.id, "channel_id": channel.id, "kind": "baileys", "config": channel.config}
+    Patient(row | {"sealed": channel.sealed, "own_id": None, "since": None}).ask(lambda gateway: gateway.start())
+    until(lambda: baileys.state("g1", "26") == "open", "it is open again")
+    arrive(channel)
+
+    assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
+
+
+def changed_to_watching(channel: Channel) -> None:
+    """Walk there with a short look, and let an hour go by."""
+    with superuser() as connection:
+        quick = "UPDATE channel SET config = config || '{\"observe_seconds\": 0.2}' WHERE id = %s"
+        connection.execute(quick, [channel.id])
+        walk(channel, step="restart", phase="watching")
+        long = "UPDATE channel SET config = config || '{\"observe_seconds\": 5}' WHERE id = %s"
+        connection.execute(long, [channel.id])
+    changed(channel, "phase_at = phase_at - interval '1 hour'")
 
 
 def test_a_qr_code_that_is_seen_late_is_provoked_no_more(baileys: Baileys, tenant: Tenant) -> None:
@@ -270,12 +325,7 @@ def test_a_gateway_is_the_same_however_its_address_is_written(monkeypatch: pytes
 
 
 def test_a_persons_incident_ends_when_nothing_has_failed_for_long(baileys: Baileys, tenant: Tenant) -> None:
-    channel = a_waiting_one(baileys, tenant)
-    go_on(channel)
-    assert incident(channel)["state"] == "waiting"
-    changed(channel, "phase_at = phase_at - interval '2 hours'")
-    with superuser() as connection:
-        connection.execute("UPDATE session_error SET at = at - interval '3 hours' WHERE channel_id = %s", [channel.id])
+    channel = a_long_waiting_one(baileys, tenant)
     go_on(channel)
     assert incident(channel)["state"] == "waiting"  # nobody has written: nothing tells
 
@@ -285,15 +335,76 @@ def test_a_persons_incident_ends_when_nothing_has_failed_for_long(baileys: Baile
     assert told["outcome"] == "healed"
 
 
-def test_one_error_of_late_keeps_a_persons_incident(baileys: Baileys, tenant: Tenant) -> None:
-    channel = a_waiting_one(baileys, tenant)
-    changed(channel, "phase_at = phase_at - interval '2 hours'")
+def test_a_persons_incident_goes_on_while_one_of_its_contacts_fails(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_long_waiting_one(baileys, tenant)
     arrive(channel, jids=STRANGERS)
     fail(channel, contacts=1, count=1)
 
     go_on(channel)
 
     assert incident(channel)["state"] == "waiting"
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        "UPDATE channel SET status = 'disconnected' WHERE id = %s",
+        "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
+        " VALUES (gen_random_uuid(), 'baileys', %s, 'r', '', now() - interval '5 minutes')",
+    ],
+    ids=["disconnected", "unread"],
+)
+def test_silence_is_no_proof_where_nothing_could_be_heard(baileys: Baileys, tenant: Tenant, sets: str) -> None:
+    channel = a_long_waiting_one(baileys, tenant)
+    arrive(channel, jids=STRANGERS)
+    with superuser() as connection:
+        connection.execute(sets, [channel.id])
+
+    go_on(channel)
+
+    assert incident(channel)["state"] == "waiting"
+    with superuser() as connection:
+        connection.execute("UPDATE delivery SET state = 'done' WHERE channel_id = %s", [channel.id])
+
+
+def test_an_error_of_somebody_else_keeps_no_persons_incident(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_long_waiting_one(baileys, tenant)
+    fail(channel, contacts=12, count=1)
+    with superuser() as connection:
+        connection.execute("UPDATE session_error SET jid = %s WHERE at > now() - interval '1 hour'", [STRANGERS[0]])
+    arrive(channel, jids=STRANGERS[1:])
+
+    assert walk(channel, state="closed")["outcome"] == "healed"
+
+
+def test_an_inbox_that_is_always_late_holds_no_step_up_for_ever(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_session(baileys, tenant)
+    fail(channel)
+    with db.session() as s:
+        RepairPause.set(s, "all")
+    walk(channel, step="cause", phase="planned")
+    with db.session() as s:
+        RepairPause.end(s, "all")
+    changed(channel, "phase_at = phase_at - interval '10 minutes'")
+    with superuser() as connection:
+        connection.execute(
+            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
+            " VALUES (gen_random_uuid(), 'baileys', %s, 'r', '', now() - interval '5 minutes')",
+            [channel.id],
+        )
+
+    walk(channel, step="restart")
+
+    with superuser() as connection:
+        connection.execute("UPDATE delivery SET state = 'done' WHERE channel_id = %s", [channel.id])
+
+
+def a_long_waiting_one(baileys: Baileys, tenant: Tenant) -> Channel:
+    channel = a_waiting_one(baileys, tenant)
+    changed(channel, "phase_at = phase_at - interval '2 hours', since = since - interval '4 hours'")
+    with superuser() as connection:
+        connection.execute("UPDATE session_error SET at = at - interval '3 hours' WHERE channel_id = %s", [channel.id])
+    return channel
 
 
 def a_waiting_one(baileys: Baileys, tenant: Tenant) -> Channel:
@@ -315,7 +426,10 @@ def a_waiting_one(baileys: Baileys, tenant: Tenant) -> Channel:
 # ---------------------------------------------------------------------------------------------------- a host that hangs
 
 
-def test_a_gateway_that_answers_nobody_is_left_alone_and_others_are_not(baileys: Baileys, tenant: Tenant) -> None:
+def test_a_gateway_that_answers_nobody_is_left_alone_and_others_are_not(
+    baileys: Baileys, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers._patient.circuit", Circuit())
     gone = [a_session(baileys, tenant, gateway="gone", session=f"{n}") for n in range(FILES + 1)]
     well = a_session(baileys, tenant)
     for channel in gone:
