@@ -39,7 +39,7 @@ class LogPosition(Base):
     @staticmethod
     def key(name: str, whose: str, tenant: str, gateway: str, path: str) -> str:
         """What a follower of this name calls a log. `whose`: the channel it is of, or the field that names sessions;
-        `tenant` and `gateway` narrow which are meant, '' does not. `_OF_CHANNEL` reads it."""
+        `tenant` and `gateway` narrow which are meant, '' does not."""
         return "|".join([name.replace("|", "%7C"), whose, tenant, gateway, path])
 
     @property
@@ -89,6 +89,7 @@ READ_UNTIL = f"""
     WHERE updated_at > now() - interval '{FOLLOWED.days} day' AND path IN (
         SELECT log FROM session_error
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND at > now() - interval '{FOLLOWED.days} day'
+            AND log IS NOT NULL
     )
 """
 """SQL: until when all logs have been read that told of this channel's errors lately; NULL where none did."""

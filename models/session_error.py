@@ -49,6 +49,7 @@ class SessionError(Tenanted, Dated, Base):
     __table_args__ = (
         belongs_to("channel", "channel_id", ondelete="CASCADE"),
         Index("ix_session_error_open", "tenant_id", "channel_id", "at", postgresql_where=text("healed_at IS NULL")),
+        Index("ix_session_error_log", "tenant_id", "channel_id", "at", postgresql_where=text("log IS NOT NULL")),
     )
 
     channel_id: Mapped[UUID] = mapped_column(primary_key=True)

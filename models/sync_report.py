@@ -21,6 +21,7 @@ from pombal.ids import uuid7
 
 LEASE = "status_sync"
 EVERY = timedelta(minutes=5)  # a round is due, at whole multiples (`workers/status_sync.py`)
+_PATIENCE = 2 * EVERY  # for which a tenant's report stands back behind rounds over all
 _RING_AGAIN = timedelta(seconds=10)
 _KEPT = timedelta(days=7)
 
@@ -76,15 +77,16 @@ class SyncReport(Dated, Base):
         """It runs from now on: its columns and `waited`, the seconds since it was asked for, or since its tick if it
         was due: that may have waited in the queue before there was a report. Only with the lease.
 
-        None when it is not pending, or a round over all waits: tenants who ask on and on must not keep that back.
-        `result` is what it told when it was put back.
+        None when it is not pending, or it is in the way of a round over all: tenants who ask on and on must not keep
+        that back. `result` is what it told when it was put back.
         """
-        return s.execute(_BEGIN, {"id": id_, "every": EVERY}).mappings().first()
+        return s.execute(_BEGIN, {"id": id_, "every": EVERY, "patience": _PATIENCE}).mappings().first()
 
     @staticmethod
     def is_in_the_way(s: Session, id_: UUID) -> bool:
-        """Whether a round over all waits for this report, which is a tenant's."""
-        return bool(s.scalar(_IS_IN_THE_WAY, {"id": id_}))
+        """Whether a round over all waits for this report, which is a tenant's and was not asked for long ago: where an
+        outside cron asks each minute, it would be put back for ever."""
+        return bool(s.scalar(_IS_IN_THE_WAY, {"id": id_, "patience": _PATIENCE}))
 
     @staticmethod
     def finish(s: Session, id_: UUID, result: dict[str, Any]) -> bool:
@@ -140,7 +142,7 @@ _OPEN_ONE = text("""
 """)
 
 _IN_THE_WAY = """
-    (tenant_id IS NOT NULL AND EXISTS (
+    (tenant_id IS NOT NULL AND created_at > now() - CAST(:patience AS interval) AND EXISTS (
         SELECT FROM sync_report AS o WHERE o.tenant_id IS NULL AND o.state = 'pending'
     ))
 """

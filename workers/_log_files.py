@@ -22,9 +22,11 @@ _EDGE = 512  # bytes of the beginning, and of what stands before the place, that
 _QUIET = 1.0  # seconds for which the old file must say nothing before we go on to the new one
 _PAST = 32  # files that are remembered after they were read
 _INODE = (1 << 63) - 1  # what the database's integers hold
+_DAY = r"20\d\d[-_.]?[01]\d[-_.]?[0-3]\d"
 _NUMBERED = r"[.-]\d+(?:[-_.T:]\d+)*"  # behind the whole name: a number or a date, and a time
-_DATED = r"[-_.]+20\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:[-_.T:]+\d+)*"  # before the ending
-_SHIFTED = r"[-_.](\d{1,4})"  # … too
+_NUMBERED_BARE = rf"(?:\.\d+|-{_DAY})(?:[-_.T:]\d+)*"  # … that has no ending: `loja-2` is another session's
+_DATED = rf"[-_.]+{_DAY}(?:[-_.T:]+\d+)*"  # before the ending
+_SHIFTED = r"([-_.])(\d{1,4})"  # … too
 
 
 class Place(NamedTuple):
@@ -55,7 +57,7 @@ class Tail:
         self.path = path
         self._is_followed = is_followed
         stem, ending = os.path.splitext(path.name)
-        self._numbered = re.compile(re.escape(path.name) + _NUMBERED)
+        self._numbered = re.compile(re.escape(path.name) + (_NUMBERED if ending else _NUMBERED_BARE))
         self._dated = re.compile(re.escape(stem) + _DATED + re.escape(ending))
         self._shifted = re.compile(re.escape(stem) + _SHIFTED + re.escape(ending))
         self._parts: deque[_Part] = deque()
@@ -334,13 +336,14 @@ class Tail:
 
         `gateway.log.2` says so itself. `gateway-2.log` may as well be another session's: it is ours where the old one
         is `gateway-3.log`, since then what is moved on from name to name has it too, and a date where the old one has.
+        The same goes for `loja-2` beside `loja`, a log without an ending.
         """
         if self._numbered.fullmatch(name):
             return True
         if self._dated.fullmatch(old):
             return self._dated.fullmatch(name) is not None
         its, olds = self._shifted.fullmatch(name), self._shifted.fullmatch(old)
-        return its is not None and olds is not None and int(its[1]) < int(olds[1])
+        return its is not None and olds is not None and its[1] == olds[1] and int(its[2]) < int(olds[2])
 
 
 def _opened(path: Path) -> _Part | None:

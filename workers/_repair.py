@@ -325,9 +325,8 @@ class Turn:
         if trouble := self._trouble():
             if trouble == "not_stopped" and self._may_close_yet():
                 return Next({"says": "its socket was not closed in time, and may be yet"}, self._glance())
-            return self._healed(self.row["judged_from"]) or self._ended_with(
-                "failed", f"it could not be made ({trouble})"
-            )
+            healed = self._healed(self.row["judged_from"])  # by itself: whatever arrives is not this step's doing
+            return healed or self._ended_with("failed", f"it could not be made ({trouble})")
         observed, most = self._observed(), settings().threshold_errors
         tally = self.patient.tally()
         is_weak = tally.strong <= most < tally.at_once

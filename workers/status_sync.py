@@ -273,7 +273,8 @@ class Sync:
             _log.warning("answers_wait_for_a_store", answers=len(self._left), error=log.described(error))
 
     def _give_way(self) -> None:
-        """A round over all channels has a minute from its tick on: it does not wait for those that tenants ask for."""
+        """A round over all channels has a minute from its tick on: it does not wait for those that tenants ask for,
+        save one that has stood back for long."""
         with db.session() as s:
             if SyncReport.is_in_the_way(s, self.id):
                 raise GivesWay

@@ -21,10 +21,17 @@ TIME = sa.TIMESTAMP(timezone=True)
 def upgrade() -> None:
     op.add_column("repair", sa.Column("judged_from", TIME, nullable=True))
     op.add_column("session_error", sa.Column("log", sa.Text(), nullable=True))
+    op.create_index(
+        "ix_session_error_log",
+        "session_error",
+        ["tenant_id", "channel_id", "at"],
+        postgresql_where=sa.text("log IS NOT NULL"),
+    )
     op.add_column("log_position", sa.Column("read_until", TIME, server_default=sa.text("now()"), nullable=False))
 
 
 def downgrade() -> None:
     op.drop_column("log_position", "read_until")
+    op.drop_index("ix_session_error_log", "session_error")
     op.drop_column("session_error", "log")
     op.drop_column("repair", "judged_from")

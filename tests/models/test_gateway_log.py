@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
-from models import Channel, ChannelKind, LogPosition, SessionError, Tenant
+from models import Channel, ChannelKind, LogPosition, SessionError, Tenant, session_error
 from pombal import db
 from tests.factories import a_tenant, superuser
 
@@ -112,3 +113,32 @@ def test_an_error_of_long_ago_does_not_make_it_wait(channel: Channel, its_log: s
         connection.execute("UPDATE session_error SET at = at - interval '25 hours' WHERE channel_id = %s", [channel.id])
 
     assert not age(channel)
+
+
+@pytest.mark.parametrize("statistics", ["none", "current"])
+def test_the_errors_of_a_month_are_not_walked_for_those_of_a_day(
+    tenant: Tenant, channel: Channel, its_log: str, statistics: str
+) -> None:
+    """It is asked every two seconds of each session that waits for a follower."""
+    read(its_log, AN_HOUR)
+    with superuser() as connection:
+        connection.execute(A_MONTH, {"channel": channel.id})
+        if statistics == "current":
+            connection.execute("ANALYZE session_error, log_position")
+
+    with db.session([tenant.id]) as s:
+        explain = text(f"EXPLAIN (ANALYZE, TIMING OFF) {session_error._READ_UNTIL.text}")
+        plan = "\n".join(s.scalars(explain, {"tenant_id": tenant.id, "channel_id": channel.id}))
+
+    assert "ix_session_error_log" in plan, plan
+    assert age(channel) == AN_HOUR
+
+
+A_MONTH = """
+    INSERT INTO session_error (tenant_id, channel_id, jid, message_id, cause, source, log, at, last_at, healed_at)
+    SELECT e.tenant_id, e.channel_id, e.jid, n::text, e.cause, e.source, CASE n %% 2 WHEN 0 THEN e.log END,
+        past.at, past.at, past.at
+    FROM session_error AS e, generate_series(1, 3000) AS n,
+        LATERAL (SELECT e.at - n * interval '14 minutes') AS past(at)
+    WHERE e.channel_id = %(channel)s
+"""

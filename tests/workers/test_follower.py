@@ -442,6 +442,39 @@ def test_a_log_that_is_followed_is_nobodys_rotation(tmp_path: Path) -> None:
     tail.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "older", "beside", "is_ours"),
+    [
+        ("loja", "loja.1", "loja-2", False),
+        ("26", "26.1", "26-1", False),
+        ("loja", "loja-20250910", "loja-5511955550300", False),
+        ("loja", "loja.2", "loja-1", False),
+        ("loja", "loja.2", "loja.1", True),
+        ("loja", "loja-3", "loja-2", True),
+        ("loja", "loja-20250910", "loja-20250911", True),
+        ("loja", "loja-2025-09-10_23", "loja-2025-09-11_00", True),
+    ],
+)
+def test_beside_a_log_without_an_ending_a_number_is_another_sessions(
+    tmp_path: Path, name: str, older: str, beside: str, is_ours: bool
+) -> None:
+    path = tmp_path / name
+    tail = Tail(path)
+    path.write_bytes(b"one\n")
+    tail.open(None, at_end=False, look_back=0)
+    assert tail.read(99) == b"one\n"
+    place = tail.place(4)
+
+    aged(path, -60)
+    path.rename(tmp_path / older)
+    (tmp_path / beside).write_bytes(b"beside\n")
+    path.write_bytes(b"two\n")
+    tail.open(place, at_end=False, look_back=0)
+
+    assert [tail.read(99) for _ in range(3)] == ([b"beside\n", b"two\n", b""] if is_ours else [b"two\n", b"", b""])
+    tail.close()
+
+
 def test_what_stood_in_a_file_that_came_and_went_did_not_fail_at_once(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1073,6 +1073,31 @@ def test_a_round_that_gave_way_tells_at_last_what_it_had_changed_before() -> Non
     assert (result["checked"], stored(stuck)["status"]) == (2, "disconnected")
 
 
+def test_a_report_that_has_waited_for_two_ticks_gives_way_no_more() -> None:
+    """Or with an outside cron each minute, one that takes long would be put back for ever."""
+    tenant = a_tenant()
+    with a_gateway() as gateway:
+        quick, stuck = a_channel(gateway, tenant), a_channel(gateway, tenant)
+        gate = gateway.says[stuck.name] = Gate()
+        asked, whole = asked_for(tenant), asked_for(None)
+        status_sync(str(asked))
+        assert report(asked)["state"] == "pending"
+        with superuser() as connection:
+            connection.execute(
+                "UPDATE sync_report SET created_at = created_at - interval '10 minutes' WHERE id = %s", [asked]
+            )
+        broker.flush(status_sync.queue_name)
+
+        done = in_background(lambda: status_sync(str(asked)))
+        gate.wait_until_asked()
+        until(lambda: stored(quick)["status"] == "connected", "what is written down while it looks what is in the way")
+        gate.release()
+        done()
+
+        assert (report(asked)["state"], report(whole)["state"]) == ("done", "pending")
+        assert bells("status_sync") == [[str(whole)]]
+
+
 def test_a_due_round_is_skipped_while_one_over_all_runs() -> None:
     with a_gateway() as gateway:
         channel = a_channel(gateway)
