@@ -93,7 +93,8 @@ class Attempt(Tenanted, Base):
 
     @staticmethod
     def abandoned(s: Session, tenant_id: UUID, channel_id: UUID, wait: timedelta) -> list[RowMapping]:
-        """Whoever had this lane died: what it was sending is unknown. Needs the lane's lock; returns the messages."""
+        """Whoever had this lane died: what it was sending is unknown, and was over within the time that calls take.
+        Needs the lane's lock; returns the messages."""
         given = {"tenant_id": tenant_id, "channel_id": channel_id, "wait": wait}
         return list(s.execute(_ABANDONED, given).mappings())
 
@@ -120,8 +121,9 @@ class Attempt(Tenanted, Base):
     def nameless(s: Session, keys: set[tuple[UUID, UUID, UUID]]) -> list[RowMapping]:
         """The attempts in these `(tenant, channel, conversation)` that left, or may have, under an id nobody has told.
 
-        Refused ones too, of messages that are to be tried again: a gateway's no is not always true. And those of the
-        last hours whose message has another attempt's id (`has_id`): it may have been sent twice.
+        Refused ones too, of messages that are to be tried again: a gateway's no to a message is not always true. (That
+        it is throttled, closed or in trouble, or does not take the token, is.) And those of the last hours whose
+        message has another attempt's id (`has_id`): it may have been sent twice.
 
         The oldest first: `tenant_id`, `channel_id`, `conversation_id`, `message_id`, `type`, `body`, `id`, `outcome`,
         `started_at`, `ended_at` (now, of one that is under way), `has_id`.
@@ -231,7 +233,9 @@ _ABANDONED = text("""
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND status = 'sending'
         RETURNING tenant_id, id, channel_id, status
     ), ended AS (
-        UPDATE attempt SET outcome = 'unknown', ended_at = now(), error = 'the process that sent it died'
+        -- Not when somebody found that out, which may be hours later: what is sent then is another message.
+        UPDATE attempt SET outcome = 'unknown', ended_at = least(now(), started_at + interval '5 minutes'),
+            error = 'the process that sent it died'
         WHERE tenant_id = :tenant_id AND channel_id = :channel_id AND outcome = 'sending'
     )
     SELECT tenant_id, id, channel_id, status FROM left_over
@@ -282,6 +286,7 @@ _NAMELESS = text(f"""
         SELECT * FROM attempt AS a WHERE a.message_id = m.id AND a.tenant_id = m.tenant_id OFFSET 0
     ) AS a
     WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted', 'refused')
+        AND (a.outcome <> 'refused' OR a.error_class = 'permanent')
         AND a.started_at > now() - CASE WHEN m.provider_id IS NULL THEN interval '8 days' ELSE interval '2 hours' END
     ORDER BY m.turn_at, m.id, a.number
 """)

@@ -7,6 +7,7 @@ and answer without an id: an echo of it tells that later.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -18,37 +19,41 @@ from providers import http
 from providers.baileys import Baileys, Place, Session, is_error, words_of
 from providers.baileys_dialects import found_at
 from providers.download import allowance
+from providers.gateway import SessionLook
 from providers.gateway_calls import json_object
 from providers.gateway_sends import (
+    AWAY,
     BY_LINK,
+    DOUBTFUL,
     FILES,
     ID,
     OF_A_CALL,
+    REJECTED,
     Named,
     Unsendable,
     card_of,
+    explained,
     file_of,
-    in_doubt,
     jid,
     key_of,
-    of_the_call,
     posted,
     quoted_content,
     read_key,
     reason,
     refused,
     text_of,
+    untold,
     verdict,
     with_file,
 )
 from providers.instance import InstanceFault
-from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Quoted, Scope
+from providers.outbound import Answer, Attachment, Kind, Outcome, Outgoing, Quoted
 
 _STANDING = 8.0  # seconds for the question how the session stands
-_REJECTED = "rejected"
 _ID_IN = frozenset({"key", "data", "_data", "id"})  # one of them is in each answer of a gateway that tells ids
-# Refusals that may be none of the message, but of a session that is closed: what gateways say then differs.
-_DOUBTFUL = frozenset({"bad_request", "http_422", _REJECTED})
+# What the Whaticket family throws where it has no socket for the session, and Baileys itself where that is not open: a
+# message has not left then, however soon it is open again.
+_NEVER_LEFT = re.compile(r"(error: )?(err_wapp_not_initialized|connection closed)\b", re.IGNORECASE)
 
 
 class Body(NamedTuple):
@@ -90,14 +95,15 @@ class BaileysSender:
             return reply
         answer = self._read(reply, message.type)
         fault = answer.fault
-        if fault is None or fault.code not in _DOUBTFUL | OF_A_CALL:
+        if fault is None or fault.code not in DOUBTFUL | OF_A_CALL:
             return answer
         away, words = self._place.dialect.away, words_of(reply.body)
         if away and (words or reply.body.decode("utf-8", "replace")).strip().casefold().startswith(away):
-            return msgspec.structs.replace(answer, fault=_AWAY)
+            return msgspec.structs.replace(answer, fault=AWAY)
         if fault.code == "forbidden" and self._has_a_key_for_sending:  # of which no question about the session tells
             return answer
-        return await self._explained(answer, fault, words or "", message.type)
+        never_left = _NEVER_LEFT.match((words or "").strip()) is not None
+        return explained(answer, await self._state(), words or "", message, never_left=never_left)
 
     async def upload(self, file: Attachment) -> Answer:
         """Nothing is handed over beforehand: raises `Permanent`."""
@@ -147,7 +153,7 @@ class BaileysSender:
             return verdict(reply, words, is_own=json_object(reply.body) is not None)
         body = json_object(reply.body)
         if is_error(body):
-            return refused(Kind.PERMANENT, _REJECTED, words, reply.status)
+            return refused(Kind.PERMANENT, REJECTED, words, reply.status)
         if type_ == "read":
             return Answer(Outcome.ACCEPTED, http_status=reply.status)
         if body is None:
@@ -158,29 +164,17 @@ class BaileysSender:
             )
         return Answer(Outcome.ACCEPTED, provider_id=_id_in(body, self._place.dialect.ids_at), http_status=reply.status)
 
-    async def _explained(self, answer: Answer, fault: Fault, words: str, type_: str) -> Answer:
-        """A refusal concerns the message only while the session is connected; it may have come back just now."""
-        is_of_a_call = fault.code in OF_A_CALL
-        if not self._says_its_state:  # nothing but its `away` tells of a closed session
-            fault = fault if is_of_a_call else msgspec.structs.replace(fault, is_of_a_moment=True)
-            return msgspec.structs.replace(answer, fault=fault)
+    async def _state(self) -> SessionLook | None:
+        """How the session stands, as `explained` takes it."""
+        if not self._says_its_state:  # nothing but its words for a refusal tells of a closed session
+            return None
         try:
             async with asyncio.timeout(_STANDING):
-                state = (await self._session.look()).state
-        except (InstanceFault, TimeoutError):  # the gateway does not know it, say: then it is no matter of this call
-            return answer if is_of_a_call else in_doubt(answer)
-        if state in ("closed", "qr"):
-            fault = _AWAY
-        elif is_of_a_call:
-            fault = of_the_call(fault, words, type_)
-        elif state == "open":
-            fault = msgspec.structs.replace(fault, is_of_a_moment=True)
-        else:
-            return in_doubt(answer)
-        return msgspec.structs.replace(answer, fault=fault)
-
-
-_AWAY = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
+                return (await self._session.look()).state
+        except TimeoutError:
+            return "unknown"
+        except InstanceFault as fault:
+            return untold(fault)
 
 
 # -------------------------------------------------------------------------------------------------------- what leaves

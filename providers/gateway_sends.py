@@ -11,8 +11,10 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from providers import guard, http
+from providers.gateway import SessionLook
 from providers.gateway_calls import EDGE_WAIT, THROTTLE_WAIT, Place, call, is_edge_block, shown, wait_of
-from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Quoted, Scope
+from providers.instance import InstanceFault
+from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Quoted, Scope
 from providers.sniff import extension
 
 BY_LINK = 60.0  # seconds: the gateway fetches the file before it answers
@@ -216,12 +218,52 @@ _OF_THE_CHANNEL = {
 
 # Refusals by which a gateway may as well mean this one call: it has none of that kind, or not for this token's plan.
 OF_A_CALL = frozenset({"forbidden", "not_found"})
+REJECTED = "rejected"
+# … and those that may be none of the message, but of a session that is closed: what gateways say then differs.
+DOUBTFUL = frozenset({REJECTED, "bad_request", "http_422"})
 
 
-def of_the_call(fault: Fault, words: str, type_: str) -> Fault:
-    """What one of `OF_A_CALL` is while the gateway knows the session, and takes the token: a matter of this message
-    alone. Tried again soon, since it may have been so for a moment; then somebody should look at it, unless it is a
-    receipt."""
+AWAY = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
+# A look at the session that is refused like this is refused each time: of one send it says nothing. That the gateway
+# does not know the session, or answers with an error of its own, may well be what a closed one is called.
+_NEVER_TELLS = frozenset({"refused", "misconfigured"})
+
+
+def untold(fault: InstanceFault) -> SessionLook | None:
+    """How a session stands of which a look brought this: nobody can tell now, or ever (None)."""
+    return None if fault.code in _NEVER_TELLS else "unknown"
+
+
+def explained(
+    answer: Answer, state: SessionLook | None, words: str, message: Outgoing, *, never_left: bool = False
+) -> Answer:
+    """What a refusal of `DOUBTFUL` or `OF_A_CALL` is by how the session stands just after it, None where nobody ever
+    tells that. It concerns the message only while the session is open, and may be of what was so a moment before.
+
+    `words` are the gateway's own; `never_left`: they say that it could not even begin to send.
+    """
+    fault = answer.fault
+    assert fault is not None  # noqa: S101 - nothing else is to be explained
+    if state in ("closed", "qr"):
+        fault = AWAY
+    elif never_left:
+        text = "the gateway's session is not connected just now"
+        fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, "not_connected", text, tries=TRIES, is_outage=True)
+    elif fault.code in OF_A_CALL:
+        # A plain text is what every gateway has a call for: if that one is not to be had, none is.
+        if state != "open" or (message.type == "text" and "context" not in message.body):
+            return answer
+        fault = _of_the_call(fault, words, message.type)
+    elif state in ("open", None):
+        fault = msgspec.structs.replace(fault, is_of_a_moment=True)
+    else:
+        return _in_doubt(answer)
+    return msgspec.structs.replace(answer, fault=fault)
+
+
+def _of_the_call(fault: Fault, words: str, type_: str) -> Fault:
+    """What one of `OF_A_CALL` is while the session is open: a matter of this message alone. Tried again soon, since it
+    may have been so for a moment; then somebody should look at it, unless it is a receipt."""
     code, text = fault.code, fault.text
     if code == "not_found":
         code, text = "http_404", "the gateway knows the session, and yet has no call for this"
@@ -231,7 +273,7 @@ def of_the_call(fault: Fault, words: str, type_: str) -> Fault:
     return Fault(Kind.TRANSIENT, Scope.MESSAGE, code, text, tries=_TRIES_OF_A_CALL)
 
 
-def in_doubt(answer: Answer) -> Answer:
+def _in_doubt(answer: Answer) -> Answer:
     """A refusal of which nobody can tell whether it is true: a send that timed out inside the gateway may have left,
     and one that is just connecting again is where that happens."""
     why = "the gateway refused it, and how its session stands is not known"

@@ -16,35 +16,37 @@ import msgspec
 from pombal.errors import Permanent
 from providers import http
 from providers.download import allowance
+from providers.gateway import SessionLook
 from providers.gateway_calls import json_object
 from providers.gateway_sends import (
     BY_LINK,
+    DOUBTFUL,
     FILES,
     ID,
     OF_A_CALL,
+    REJECTED,
     Unsendable,
     card_of,
+    explained,
     file_of,
-    in_doubt,
     jid,
     key_of,
-    of_the_call,
     posted,
     quoted_content,
     read_key,
     reason,
     refused,
     text_of,
+    untold,
     verdict,
     with_file,
 )
 from providers.instance import InstanceFault
 from providers.megaapi import MegaApi, Place, is_error, message_of
-from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Scope
+from providers.outbound import Answer, Attachment, Kind, Outcome, Outgoing
 
 _STANDING = 8.0  # seconds for the question how the instance stands
-_REJECTED = "rejected"
-_DOUBTFUL = frozenset({_REJECTED, "bad_request", "http_422"})  # … if it is the gateway's own
+_STATES: dict[str | None, SessionLook] = {"connected": "open", "disconnected": "closed"}
 
 
 class MegaSender:
@@ -86,28 +88,17 @@ class MegaSender:
             return reply
         answer, said = read(reply), json_object(reply.body) or {}
         code = answer.fault.code if answer.fault else ""
-        if code in OF_A_CALL or (code in _DOUBTFUL and _is_its_own(said)):
-            return await self._explained(answer, message_of(said), message.type)
+        if code in OF_A_CALL or (code in DOUBTFUL and _is_its_own(said)):
+            return explained(answer, await self._state(), message_of(said), message)
         return answer
 
-    async def _explained(self, answer: Answer, words: str, type_: str) -> Answer:
-        """A refusal concerns the message only while the instance is connected: what the gateway's words for the other
-        case are, nobody knows, so it is asked how the instance stands. It may have come back just now, though."""
-        fault = answer.fault
-        assert fault is not None  # noqa: S101 - nothing else is to be explained
+    async def _state(self) -> SessionLook | None:
+        """How the instance stands, as `explained` takes it: what the gateway's words for a closed one are, nobody
+        knows."""
         try:
-            status = (await self._instance.status(_STANDING)).status
-        except InstanceFault:  # the host does not know it, say: then it is no matter of this call
-            return answer if fault.code in OF_A_CALL else in_doubt(answer)
-        if status == "disconnected":
-            fault = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
-        elif fault.code in OF_A_CALL:
-            fault = of_the_call(fault, words, type_)
-        elif status == "connected":
-            fault = msgspec.structs.replace(fault, is_of_a_moment=True)
-        else:
-            return in_doubt(answer)
-        return msgspec.structs.replace(answer, fault=fault)
+            return _STATES.get((await self._instance.status(_STANDING)).status, "unknown")
+        except InstanceFault as fault:
+            return untold(fault)
 
     async def upload(self, file: Attachment) -> Answer:
         """Nothing is handed over beforehand: raises `Permanent`."""
@@ -172,7 +163,7 @@ def _answered(reply: http.Reply, body: dict[str, Any] | None) -> Answer:
     if body is None:
         return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer that is not MegaAPI's")
     if is_error(body):
-        return refused(Kind.PERMANENT, _REJECTED, _reason(body), reply.status)
+        return refused(Kind.PERMANENT, REJECTED, _reason(body), reply.status)
     data = body.get("messageData")
     if not isinstance(data, dict) and "error" not in body and "erro" not in body:
         return Answer(Outcome.UNKNOWN, http_status=reply.status, why="an answer that does not say what became of it")

@@ -23,8 +23,8 @@ from models import Attempt, Outcome
 # How far a provider's clock, which counts whole seconds, may be off. What was sent long before our attempt is something
 # else, told again after a reconnect; what was sent long after it, somebody typed.
 _CLOCKS_DIFFER = timedelta(minutes=2)
-# A call may wait for others' files, and then take as long as its own does. One whose process died has its end from
-# whoever found that out, which may be long after.
+# A call may wait for others' files, and then take as long as its own does. (One whose process died ends sooner:
+# `Attempt.abandoned`.)
 _LONGEST_CALL = timedelta(hours=1)
 _LATEST = timedelta(minutes=10)
 _LATEST_OF_FEW_WORDS = timedelta(minutes=2)  # where little is left to compare: a file without a caption
@@ -71,14 +71,21 @@ def claimed(s: Session, heard: Iterable[Heard]) -> list[tuple[Heard, RowMapping]
 def _of_echo(echo: Heard, rows: list[RowMapping]) -> list[RowMapping]:
     """Those with this content, in their order."""
     content = fingerprint(echo.type or "", echo.body or {})
-    latest = _LATEST if any(content[1:]) else _LATEST_OF_FEW_WORDS
+    has_words = any(content[1:])
+    latest = _LATEST if has_words else _LATEST_OF_FEW_WORDS
     return [
         row
         for row in rows
         if echo.at - row["started_at"] > -_CLOCKS_DIFFER
         and echo.at - _end_of(row) < latest
         and fingerprint(row["type"], row["body"]) == content
+        and (has_words or not _may_be_no_double(row))
     ]
+
+
+def _may_be_no_double(row: RowMapping) -> bool:
+    """Whether its message is known as sent by another attempt, and nobody knows that this one has left as well."""
+    return bool(row["has_id"]) and row["outcome"] in (Outcome.REFUSED, Outcome.UNKNOWN)
 
 
 def _of_ack(ack: Heard, rows: list[RowMapping]) -> list[RowMapping]:

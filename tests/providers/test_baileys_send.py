@@ -463,6 +463,40 @@ def test_a_refusal_may_be_none_when_nobody_can_tell_how_the_session_stands(stand
     assert (answer.fault.code, answer.fault.text) == ("bad_request", "Error: Timed Out")
 
 
+NOT_INITIALIZED = says({"error": "ERR_WAPP_NOT_INITIALIZED"}, "400 Bad Request")
+CLOSED = says({"status": 400, "response": {"message": ["Error: Connection Closed"]}}, "400 Bad Request")
+
+
+@pytest.mark.parametrize(
+    ("gateway", "no", "standing"),
+    [
+        ("whaticket", NOT_INITIALIZED, says([{**ROW, "status": "PENDING"}])),
+        ("whaticket", NOT_INITIALIZED, says([ROW])),
+        ("whaticket", NOT_INITIALIZED, says({"error": "ERR_SESSION_EXPIRED"}, "401 Unauthorized")),
+        ("ticketz", says({"error": "ERR_WAPP_NOT_INITIALIZED"}, "404 Not Found"), says([{**ROW, "status": "OPENING"}])),
+        ("evolution", CLOSED, says({"instance": {"state": "connecting"}})),
+        ("evolution", CLOSED, says({}, "502 Bad Gateway")),
+    ],
+)
+def test_what_a_gateway_could_not_pass_on_while_it_connects_again_was_not_sent(
+    gateway: str, no: bytes, standing: bytes
+) -> None:
+    answer = taken_for(gateway, no, standing)
+
+    assert answer.fault is not None
+    assert (answer.outcome, answer.fault.kind, answer.fault.scope) == (Outcome.REFUSED, Kind.TRANSIENT, Scope.MESSAGE)
+    assert (answer.fault.tries, answer.fault.is_outage) == (6, True)
+
+
+def test_a_refusal_is_the_messages_where_the_gateway_will_never_tell_how_the_session_stands() -> None:
+    answer = taken_for(
+        "whaticket", says({"error": "ERR_CHECK_NUMBER"}, "400 Bad Request"), says({}, "401 Unauthorized")
+    )
+
+    assert answer.fault is not None
+    assert (answer.outcome, answer.fault.kind, answer.fault.is_of_a_moment) == (Outcome.REFUSED, Kind.PERMANENT, True)
+
+
 def test_a_gateway_that_never_says_how_a_session_stands_is_asked_nothing_about_a_refusal() -> None:
     answer, asked = heard("fazer", says({"message": "text is required"}, "422 Unprocessable Entity"))
 
@@ -470,21 +504,26 @@ def test_a_gateway_that_never_says_how_a_session_stands_is_asked_nothing_about_a
     assert (answer.fault.kind, answer.fault.is_of_a_moment, len(asked)) == (Kind.PERMANENT, True, 1)
 
 
+A_CARD = an_outgoing("contacts", [{"name": {"formatted_name": "Bia"}, "phones": [{"phone": "+5511944440001"}]}])
+
+
 @pytest.mark.parametrize("status", ["404 Not Found", "403 Forbidden"])
 @pytest.mark.parametrize(
-    ("standing", "kind"),
+    ("message", "standing", "kind"),
     [
-        (says({"instance": {"state": "open"}}), Kind.TRANSIENT),
-        (says({"instance": {"state": "connecting"}}), Kind.TRANSIENT),
-        (says({"instance": {"state": "close"}}), Kind.SESSION),
-        (says({}, "404 Not Found"), Kind.AUTH),
-        (says({}, "401 Unauthorized"), Kind.AUTH),
+        (A_CARD, says({"instance": {"state": "open"}}), Kind.TRANSIENT),
+        (a_text(), says({"instance": {"state": "open"}}), Kind.AUTH),
+        (A_CARD, says({"instance": {"state": "connecting"}}), Kind.AUTH),
+        (A_CARD, says({"instance": {"state": "close"}}), Kind.SESSION),
+        (a_text(), says({"instance": {"state": "close"}}), Kind.SESSION),
+        (A_CARD, says({}, "404 Not Found"), Kind.AUTH),
+        (A_CARD, says({}, "401 Unauthorized"), Kind.AUTH),
     ],
 )
-def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_session_is_known(
-    status: str, standing: bytes, kind: Kind
+def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_session_is_open_and_may_lack_it(
+    status: str, message: Outgoing, standing: bytes, kind: Kind
 ) -> None:
-    fault = taken_for("evolution", says({}, status), standing).fault
+    fault = taken_for("evolution", says({}, status), standing, message=message).fault
 
     assert fault is not None
     assert (fault.kind, fault.scope) == (kind, Scope.MESSAGE if kind is Kind.TRANSIENT else Scope.CHANNEL)

@@ -374,7 +374,7 @@ def stands(status: str) -> bytes:
     return says({"error": False, "instance": {"key": KEY, "status": status}})
 
 
-NOT_KNOWN = [stands("opening"), PAGE, says({"error": True}, "500 Oops")]
+NOT_KNOWN = [stands("opening"), PAGE, says({"error": True}, "500 Oops"), says({"error": True}, "404 No")]
 REFUSALS = [("200 OK", "rejected"), ("400 Bad", "bad_request"), ("422 No", "http_422")]
 
 
@@ -402,6 +402,17 @@ def test_a_refusal_may_be_none_when_nobody_can_tell_how_the_instance_stands(
     assert (found.outcome, found.fault and (found.fault.code, found.fault.text)) == (Outcome.UNKNOWN, (code, "oops"))
 
 
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+def test_a_refusal_is_the_messages_where_the_gateway_will_never_tell_how_the_instance_stands(
+    status: str, code: str
+) -> None:
+    found = taken_for(says(ERROR, status), says(ERROR, "401 No"))
+
+    assert found.fault is not None
+    assert (found.outcome, found.fault.kind, found.fault.code) == (Outcome.REFUSED, Kind.PERMANENT, code)
+    assert found.fault.is_of_a_moment
+
+
 def test_a_page_with_status_400_is_the_messages_and_nothing_more_is_asked() -> None:
     found, asked = heard(an_answer("<html>", "400 Bad"), stands("disconnected"))
 
@@ -412,13 +423,19 @@ def test_a_page_with_status_400_is_the_messages_and_nothing_more_is_asked() -> N
 NO_CALL = an_answer("<pre>Cannot POST</pre>", "404 Not Found", content_type="text/html")
 
 
+A_CARD, A_RECEIPT = an_outgoing("contacts", [CARD]), an_outgoing("read", {"message_id": "A"})
+A_REPLY = a_text(
+    quoted=Quoted("3EB0IN", False, None, "text", {"text": {"body": "a"}}), body={"context": {"message_id": "3EB0IN"}}
+)
+
+
 @pytest.mark.parametrize("answer", [NO_CALL, says(ERROR, "404 No"), says(ERROR, "403 No")])
-@pytest.mark.parametrize("status", ["connected", "opening"])
-def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_instance_is_known(
-    answer: bytes, status: str
+@pytest.mark.parametrize("message", [A_CARD, A_REPLY], ids=["card", "reply"])
+def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_instance_is_connected(
+    answer: bytes, message: Outgoing
 ) -> None:
-    fault = taken_for(answer, stands(status)).fault
-    receipt = taken_for(answer, stands(status), message=an_outgoing("read", {"message_id": "A"})).fault
+    fault = taken_for(answer, stands("connected"), message=message).fault
+    receipt = taken_for(answer, stands("connected"), message=A_RECEIPT).fault
 
     assert fault is not None
     assert receipt is not None
@@ -427,6 +444,21 @@ def test_a_call_that_is_not_to_be_had_is_a_matter_of_its_message_where_the_insta
     assert (fault.kind, fault.scope, fault.code, fault.text) == (Kind.TRANSIENT, Scope.MESSAGE, code, text)
     assert (fault.tries, fault.is_outage) == (3, False)
     assert (receipt.kind, receipt.scope, receipt.is_of_a_moment) == (Kind.PERMANENT, Scope.MESSAGE, True)
+
+
+@pytest.mark.parametrize("answer", [NO_CALL, says(ERROR, "404 No"), says(ERROR, "403 No")])
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [(a_text(), "connected"), (a_text(), "opening"), (A_CARD, "opening"), (A_REPLY, "opening"), (A_RECEIPT, "opening")],
+)
+def test_it_is_a_matter_of_the_channel_of_a_call_that_every_gateway_has_and_as_long_as_the_instance_is_not_connected(
+    answer: bytes, message: Outgoing, status: str
+) -> None:
+    fault = taken_for(answer, stands(status), message=message).fault
+
+    assert fault is not None
+    code = "forbidden" if b"403" in answer else "not_found"
+    assert (fault.kind, fault.scope, fault.code) == (Kind.AUTH, Scope.CHANNEL, code)
 
 
 @pytest.mark.parametrize(

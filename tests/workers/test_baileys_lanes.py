@@ -27,7 +27,19 @@ from providers.storage import storage
 from sandbox.files import make
 from tests.factories import Shop, a_shop, rows
 from tests.sandbox.servers import serve
-from tests.workers.sending import attempts, count_of, events, finish, lane, make_due, message, queue, send, statuses
+from tests.workers.sending import (
+    attempts,
+    count_of,
+    events,
+    finish,
+    lane,
+    letters,
+    make_due,
+    message,
+    queue,
+    send,
+    statuses,
+)
 from tests.workers.test_media_sending import a_file
 from tests.workers.tools import run
 from workers import _standing
@@ -46,11 +58,14 @@ class Gateway:
         self.sent: list[tuple[str, Any]] = []  # path, body
         self.state = "open" if dialect == "evolution" else "CONNECTED"
         self.answer: Callable[[], Response | None] = lambda: None
+        self.look: Response | None = None  # in place of how the session stands
 
     async def serve(self, request: Request) -> Response:
         proof = {"evolution": ("apikey", KEY), "whaticket": ("authorization", f"Bearer {KEY}")}[self.dialect]
         assert request.headers[proof[0]] == proof[1]
         path = request.url.path
+        if self.look and path == "/whatsapp":
+            return self.look
         if path.startswith("/instance/"):
             return JSONResponse({"instance": {"instanceName": SESSION, "state": self.state}})
         if path == "/whatsapp":
@@ -232,6 +247,34 @@ def test_a_no_of_which_nobody_can_tell_is_never_sent_again_by_itself() -> None:
 
         assert (message(shop, id_)["status"], outcomes(shop, id_), len(gateway.sent)) == ("unknown", ["unknown"], 1)
         assert [attempt["error"] for attempt in attempts(shop, id_)] == ["Error: Timed Out"]
+
+
+def test_a_message_waits_while_a_session_connects_again() -> None:
+    with a_gateway("whaticket") as (gateway, shop):
+        gateway.answer, gateway.state = lambda: JSONResponse({"error": "ERR_WAPP_NOT_INITIALIZED"}, 400), "PENDING"
+        for n in range(6):
+            queue(shop, "Olá", to=f"+551198888000{n}")
+        for _ in range(8):
+            make_due(shop)
+            send(shop)
+        assert (statuses(shop), lane(shop)["hold"]) == (["queued"] * 6, "outage")
+
+        gateway.answer, gateway.state = lambda: None, "CONNECTED"
+        finish(shop)
+
+        assert (statuses(shop), letters(shop), lane(shop)["hold"]) == (["sent"] * 6, [], None)
+
+
+def test_numbers_that_are_not_on_whatsapp_are_no_outage_where_the_session_cannot_be_looked_at() -> None:
+    with a_gateway("whaticket") as (gateway, shop):
+        gateway.look = JSONResponse({"error": "ERR_SESSION_EXPIRED"}, 401)
+        gateway.answer = lambda: JSONResponse({"error": "the number is not on WhatsApp"}, 400)
+        for n in range(5):
+            queue(shop, "Olá", to=f"+551198888000{n}")
+
+        finish(shop)
+
+        assert (statuses(shop), lane(shop)["hold"], lane(shop)["misses"]) == (["failed"] * 5, None, 0)
 
 
 def test_a_file_of_ours_goes_along_with_its_message() -> None:

@@ -18,7 +18,7 @@ from pombal.settings import settings
 from providers import inbound
 from providers.outbound import Answer, Fault, Kind, Outcome, Scope
 from tests.factories import Shop, a_shop, rows
-from tests.workers.sending import count_of, make_due, queue
+from tests.workers.sending import count_of, lease_runs_out, make_due, queue
 from workers._echoes import fingerprint
 from workers._effects import apply_items
 from workers._line import Line, Work
@@ -418,6 +418,85 @@ def test_a_call_whose_process_died_was_not_under_way_until_somebody_found_that_o
     sending.answer(LOST)
 
     assert hear(shop, an_echo("E3")) != sending.ids
+
+
+@pytest.mark.parametrize(("minutes", "is_ours"), [(6, True), (30, False)])
+def test_what_a_dead_process_was_sending_is_over_when_its_call_must_have_been(
+    shop: Shop, minutes: int, is_ours: bool
+) -> None:
+    sending = Sending(shop, image=PICTURE["image"])
+    earlier(shop, timedelta(minutes=minutes))
+    lease_runs_out(shop)
+    assert Line.take(shop.channel.id, uuid4(), Pace(client_for_pace(settings().require_redis()))) is not None
+    assert [row["status"] for row in messages(shop)] == ["unknown"]
+
+    assert (hear(shop, an_echo_of_a_picture("E4")) == sending.ids) == is_ours
+
+
+def refused(kind: Kind, scope: Scope, code: str) -> Answer:
+    return Answer(Outcome.REFUSED, fault=Fault(kind, scope, code, "no", tries=6))
+
+
+CERTAIN = [
+    refused(Kind.THROTTLE, Scope.NUMBER, "throttled"),
+    refused(Kind.SESSION, Scope.CHANNEL, "disconnected"),
+    refused(Kind.AUTH, Scope.CHANNEL, "unauthorized"),
+    refused(Kind.TRANSIENT, Scope.MESSAGE, "http_503"),
+]
+
+
+def of_fault(answer: Answer) -> str:
+    return answer.fault.code if answer.fault else ""
+
+
+def an_echo_of_a_voice(provider_id: str) -> inbound.Message:
+    return msgspec.structs.replace(an_echo(provider_id), type="audio", body={"audio": {"mime_type": "audio/ogg"}})
+
+
+@pytest.mark.parametrize("no", CERTAIN, ids=of_fault)
+def test_what_somebody_types_after_a_refusal_that_is_certain_is_another_message(shop: Shop, no: Answer) -> None:
+    sending = Sending(shop, "ok")
+    sending.answer(no)
+
+    assert hear(shop, an_echo("F1", "ok")) != sending.ids
+    assert [(row["id"], row["status"]) for row in messages(shop) if row["is_ours"]] == [(sending.ids[0], "queued")]
+
+
+@pytest.mark.parametrize("no", [CERTAIN[0], REFUSED], ids=of_fault)
+def test_a_recording_that_somebody_makes_after_ours_was_refused_and_sent_again_is_no_double(
+    shop: Shop, no: Answer
+) -> None:
+    first = Sending(shop, audio={"link": "https://example.com/a.ogg"})
+    first.answer(no)
+    again(shop, first).answer(accepted("F2"))
+
+    assert hear(shop, an_echo_of_a_voice("F3")) != first.ids
+
+    assert [row["provider_id"] for row in messages(shop)] == ["F2", "F3"]
+    assert "sent_twice" not in [event["status"] for event in events(shop, "message_status")]
+
+
+def test_both_recordings_of_what_was_taken_twice_without_an_id_are_ours(shop: Shop) -> None:
+    first = Sending(shop, audio={"link": "https://example.com/a.ogg"})
+    first.answer(REFUSED)
+    again(shop, first).answer(accepted(None))
+
+    assert hear(shop, an_echo_of_a_voice("F4")) == first.ids
+    assert hear(shop, an_echo_of_a_voice("F5"))[0] in [row["id"] for row in messages(shop)]
+
+
+def test_an_ack_is_not_kept_from_a_lost_send_by_a_refusal_that_was_certain(shop: Shop) -> None:
+    first = Sending(shop, "eins")
+    first.answer(CERTAIN[0])
+    second = again(shop, first)
+    second.answer(accepted("F6"))
+    second.line.release()
+    lost = Sending(shop, "zwei")
+    lost.answer(LOST)
+
+    hear(shop, an_ack("F7"))
+
+    assert [(row["status"], row["provider_id"]) for row in messages(shop)] == [("sent", "F6"), ("delivered", "F7")]
 
 
 def test_an_ack_settles_nothing_while_the_answer_is_on_its_way(shop: Shop) -> None:

@@ -609,6 +609,28 @@ def test_a_call_that_the_gateway_has_not_costs_its_message_alone(gateway: Gatewa
     assert [letter["message_id"] for letter in letters(shop)] == [lacking]
 
 
+def not_allowed(call: Call) -> Response:
+    return JSONResponse({"name": "FORBIDDEN", "message": "Forbidden", "status": 403, "errors": []}, 403)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"), [(no_call, "connecting", "not_found"), (not_allowed, "connected", "forbidden")]
+)
+def test_a_gateway_that_takes_no_text_at_all_holds_the_channel_and_fails_nothing(
+    gateway: Gateway, shop: Shop, answer: Callable[[Call], Response | None], status: str, code: str
+) -> None:
+    gateway.answer, gateway.status = answer, status
+    ids = [queue(shop, "Olá", to=whom)[0] for whom in people(5)]
+
+    finish_in_vain(shop)
+
+    assert (lane(shop)["hold"], lane(shop)["hold_code"], letters(shop)) == ("auth", code, [])
+    assert {shown(shop, id_, "status", "tries") for id_ in ids} == {("queued", 0)}
+    gateway.answer, gateway.status = lambda call: None, "connected"
+    finish(shop)
+    assert (statuses(shop), lane(shop)["hold"]) == (["sent"] * 5, None)
+
+
 def test_a_receipt_that_the_gateway_has_no_call_for_stops_nothing(gateway: Gateway, shop: Shop) -> None:
     gateway.answer = lambda call: no_call(call) if call.place == "readMessage" else None
     (receipt,) = queue(shop, to=BIA, read={"message_id": somebody_writes(shop)})
