@@ -74,6 +74,7 @@ def fail(
     at: datetime | None = None,
     group: str = "",
     ids: Iterable[str] = (),
+    jids: Sequence[str] = JIDS,
 ) -> None:
     """So many messages of so many contacts could not be decrypted, just now unless told; in a group, if one is named,
     and under these ids before those that are made up."""
@@ -82,9 +83,9 @@ def fail(
         {
             "tenant_id": channel.tenant_id,
             "channel_id": channel.id,
-            "jid": group or JIDS[n % contacts],
+            "jid": group or jids[n % contacts],
             "message_id": name,
-            "participant": JIDS[n % contacts] if group else "",
+            "participant": jids[n % contacts] if group else "",
             "cause": cause,
             "source": "webhook",
             "at": at or datetime.now(UTC),
