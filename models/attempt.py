@@ -286,7 +286,7 @@ _NAMELESS = text(f"""
         SELECT * FROM attempt AS a WHERE a.message_id = m.id AND a.tenant_id = m.tenant_id OFFSET 0
     ) AS a
     WHERE a.provider_id IS NULL AND a.outcome IN ('sending', 'unknown', 'accepted', 'refused')
-        AND (a.outcome <> 'refused' OR a.error_class = 'permanent')
+        AND (a.outcome <> 'refused' OR a.error_class = 'permanent' OR a.error_code = 'closed_meanwhile')
         AND a.started_at > now() - CASE WHEN m.provider_id IS NULL THEN interval '8 days' ELSE interval '2 hours' END
     ORDER BY m.turn_at, m.id, a.number
 """)

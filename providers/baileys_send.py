@@ -42,7 +42,6 @@ from providers.gateway_sends import (
     reason,
     refused,
     text_of,
-    untold,
     verdict,
     with_file,
 )
@@ -54,6 +53,10 @@ _ID_IN = frozenset({"key", "data", "_data", "id"})  # one of them is in each ans
 # What the Whaticket family throws where it has no socket for the session, and Baileys itself where that is not open: a
 # message has not left then, however soon it is open again.
 _NEVER_LEFT = re.compile(r"(error: )?(err_wapp_not_initialized|connection closed)\b", re.IGNORECASE)
+
+# A look at the session that is refused like this is refused each time: of one send it says nothing. That the gateway
+# does not know the session, or answers with an error of its own, may well be what a closed one is called.
+_NEVER_TELLS = frozenset({"refused", "misconfigured"})
 
 
 class Body(NamedTuple):
@@ -174,7 +177,7 @@ class BaileysSender:
         except TimeoutError:
             return "unknown"
         except InstanceFault as fault:
-            return untold(fault)
+            return None if fault.code in _NEVER_TELLS else "unknown"
 
 
 # -------------------------------------------------------------------------------------------------------- what leaves

@@ -13,7 +13,6 @@ import msgspec
 from providers import guard, http
 from providers.gateway import SessionLook
 from providers.gateway_calls import EDGE_WAIT, THROTTLE_WAIT, Place, call, is_edge_block, shown, wait_of
-from providers.instance import InstanceFault
 from providers.outbound import Answer, Attachment, Fault, Kind, Outcome, Outgoing, Quoted, Scope
 from providers.sniff import extension
 
@@ -224,14 +223,8 @@ DOUBTFUL = frozenset({REJECTED, "bad_request", "http_422"})
 
 
 AWAY = Fault(Kind.SESSION, Scope.CHANNEL, "disconnected", "the channel's session is not connected")
-# A look at the session that is refused like this is refused each time: of one send it says nothing. That the gateway
-# does not know the session, or answers with an error of its own, may well be what a closed one is called.
-_NEVER_TELLS = frozenset({"refused", "misconfigured"})
-
-
-def untold(fault: InstanceFault) -> SessionLook | None:
-    """How a session stands of which a look brought this: nobody can tell now, or ever (None)."""
-    return None if fault.code in _NEVER_TELLS else "unknown"
+# … as a look has found just after a refusal: a send that timed out inside the gateway may have left before it closed.
+AWAY_BY_NOW = Fault(Kind.SESSION, Scope.CHANNEL, "closed_meanwhile", "the channel's session is not connected")
 
 
 def explained(
@@ -245,7 +238,7 @@ def explained(
     fault = answer.fault
     assert fault is not None  # noqa: S101 - nothing else is to be explained
     if state in ("closed", "qr"):
-        fault = AWAY
+        fault = AWAY_BY_NOW if fault.code in DOUBTFUL and not never_left else AWAY
     elif never_left:
         text = "the gateway's session is not connected just now"
         fault = Fault(Kind.TRANSIENT, Scope.MESSAGE, "not_connected", text, tries=TRIES, is_outage=True)

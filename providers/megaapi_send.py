@@ -37,7 +37,6 @@ from providers.gateway_sends import (
     reason,
     refused,
     text_of,
-    untold,
     verdict,
     with_file,
 )
@@ -93,12 +92,12 @@ class MegaSender:
         return answer
 
     async def _state(self) -> SessionLook | None:
-        """How the instance stands, as `explained` takes it: what the gateway's words for a closed one are, nobody
-        knows."""
+        """How the instance stands, as `explained` takes it. A look that is refused each time leaves it unknown, too:
+        nobody knows this gateway's words for a closed one."""
         try:
             return _STATES.get((await self._instance.status(_STANDING)).status, "unknown")
-        except InstanceFault as fault:
-            return untold(fault)
+        except InstanceFault:
+            return "unknown"
 
     async def upload(self, file: Attachment) -> Answer:
         """Nothing is handed over beforehand: raises `Permanent`."""

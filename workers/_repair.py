@@ -269,6 +269,7 @@ class Turn:
                 if fault.code not in _MAY_BE_DONE:
                     return self._refused(fault)
                 _log.warning("repair_restart_in_doubt", **self._names(), code=fault.code)
+                began = self._now()  # the old socket may have lived on until now
             return Next(self._in(Phase.STARTING) | {"judged_from": began}, _LOOK_AGAIN)
         jid, *rest = self.row["names"]
         done = int(self.row["steps"][-1]["details"].get("refreshed", 0))
@@ -308,6 +309,10 @@ class Turn:
         # A start that is under way is given its time: every call could begin anew.
         if seen.state != "connecting" or failures % _START_AGAIN == _START_AGAIN - 1:
             await gateway.start()
+        if seen.state == "closed" and self.step == Step.RESTART and self._trouble() == "not_stopped":
+            # Its stop has come late, so it is made: from now on it is judged as one.
+            late = self._later("waits for the socket to be open again")
+            return late._replace(changes=late.changes | {"judged_from": self._now()} | self._told(trouble=None))
         if failures in _ALARMS:
             _log.error("repair_cannot_start", **self._names(), looks=failures)
             note(self.row["name"], "its socket does not open: the gateway needs a person")
@@ -369,10 +374,12 @@ class Turn:
         """A stop of ours may come late: a session is never left without its socket by us, paused or not. But what a
         person closes, or what ends again and again, is theirs."""
         seen = await gateway.look()
+        if seen.state == "open" and self._details().get("closed_at") is not None:
+            return Next(self._told(closed_at=None), 0.0)
         if seen.state not in ("qr", "closed") or self.row["has_wish"]:
             return None
         # A refresh by the gateway has closed nothing.
-        by_us = "refreshed" not in self.row["steps"][-1]["details"]
+        by_us = "refreshed" not in self._details()
         is_ours = by_us and self._may_close_yet()
         hopeless = self.patient.hopeless(is_open=False)
         if seen.state == "qr":
@@ -382,23 +389,20 @@ class Turn:
             return self._to_a_person(hopeless)
         if not is_ours:
             return self._closed_by_others()
-        bounces = int(self.row["steps"][-1]["details"].get("reopened", 0)) + 1
+        bounces = int(self._details().get("reopened", 0)) + 1
         if bounces > _MOST_BOUNCES:
             return self._to_a_person("its socket is closed again and again")
-        if self.step == Step.RESTART:  # then that was its stop
-            made = {"judged_from": self._now()} | self._told(reopened=bounces, trouble=None)
-            return Next(self._in(Phase.STARTING) | made, 0.0)
         return Next(self._in(Phase.STARTING) | self._told(reopened=bounces), 0.0)
 
     def _closed_by_others(self) -> Next:
         """It is a person's if it is closed at a second look, too: gateways begin anew by themselves."""
         pause = min(_STAYS_CLOSED, self._observed())
-        first = self.row["steps"][-1]["details"].get("closed_at")
-        if first is not None and pause <= self._age(datetime.fromisoformat(first)) <= 30 * pause:
-            return self._to_a_person(_ladder.SHUT["closed"], ended="unproven")
-        if first is None or self._age(datetime.fromisoformat(first)) > pause:
+        first = self._details().get("closed_at")
+        if first is None:
             return Next(self._told(closed_at=self._now().isoformat()) | {"says": "its socket is closed"}, pause)
-        return Next({}, pause)
+        if self._age(datetime.fromisoformat(first)) < pause:
+            return Next({}, pause)
+        return self._to_a_person(_ladder.SHUT["closed"], ended="unproven")
 
     def _may_close_yet(self) -> bool:
         """By a stop of ours that comes late."""
@@ -406,7 +410,12 @@ class Turn:
 
     def _trouble(self) -> str | None:
         """Why what this step is for could not be done."""
-        found: str | None = self.row["steps"][-1]["details"].get("trouble") if self.step in ACTS else None
+        found: str | None = self._details().get("trouble") if self.step in ACTS else None
+        return found
+
+    def _details(self) -> dict[str, Any]:
+        """What is noted of the present step."""
+        found: dict[str, Any] = self.row["steps"][-1]["details"]
         return found
 
     def _has_bounced(self) -> bool:

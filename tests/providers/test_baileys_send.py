@@ -435,7 +435,7 @@ def test_a_clear_no(answer: bytes, kind: Kind, code: str) -> None:
 @pytest.mark.parametrize(
     ("state", "kind", "code", "is_of_a_moment"),
     [
-        ("close", Kind.SESSION, "disconnected", False),
+        ("close", Kind.SESSION, "closed_meanwhile", False),
         ("open", Kind.PERMANENT, "bad_request", True),
     ],
 )

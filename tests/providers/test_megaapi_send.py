@@ -374,7 +374,7 @@ def stands(status: str) -> bytes:
     return says({"error": False, "instance": {"key": KEY, "status": status}})
 
 
-NOT_KNOWN = [stands("opening"), PAGE, says({"error": True}, "500 Oops"), says({"error": True}, "404 No")]
+NOT_KNOWN = [stands("opening"), PAGE, *(says({"error": True}, status) for status in ("500 Oops", "404 No", "401 No"))]
 REFUSALS = [("200 OK", "rejected"), ("400 Bad", "bad_request"), ("422 No", "http_422")]
 
 
@@ -387,7 +387,7 @@ def test_a_refusal_is_the_messages_only_while_the_instance_is_connected(status: 
     assert away.fault is not None
     assert (found.outcome, away.outcome) == (Outcome.REFUSED, Outcome.REFUSED)
     assert (found.fault.kind, found.fault.scope, found.fault.code) == (Kind.PERMANENT, Scope.MESSAGE, code)
-    assert (away.fault.kind, away.fault.scope, away.fault.code) == (Kind.SESSION, Scope.CHANNEL, "disconnected")
+    assert (away.fault.kind, away.fault.scope, away.fault.code) == (Kind.SESSION, Scope.CHANNEL, "closed_meanwhile")
     assert (found.fault.is_of_a_moment, away.fault.is_of_a_moment) == (True, False)
     assert [one.line.split(" ")[:2] for one in asked][1:] == [["GET", f"/rest/instance/{KEY}"]]
 
@@ -400,17 +400,6 @@ def test_a_refusal_may_be_none_when_nobody_can_tell_how_the_instance_stands(
     found = taken_for(says(ERROR, status), standing)
 
     assert (found.outcome, found.fault and (found.fault.code, found.fault.text)) == (Outcome.UNKNOWN, (code, "oops"))
-
-
-@pytest.mark.parametrize(("status", "code"), REFUSALS)
-def test_a_refusal_is_the_messages_where_the_gateway_will_never_tell_how_the_instance_stands(
-    status: str, code: str
-) -> None:
-    found = taken_for(says(ERROR, status), says(ERROR, "401 No"))
-
-    assert found.fault is not None
-    assert (found.outcome, found.fault.kind, found.fault.code) == (Outcome.REFUSED, Kind.PERMANENT, code)
-    assert found.fault.is_of_a_moment
 
 
 def test_a_page_with_status_400_is_the_messages_and_nothing_more_is_asked() -> None:

@@ -462,6 +462,13 @@ def test_what_somebody_types_after_a_refusal_that_is_certain_is_another_message(
     assert [(row["id"], row["status"]) for row in messages(shop) if row["is_ours"]] == [(sending.ids[0], "queued")]
 
 
+def test_what_was_refused_by_a_session_that_is_closed_by_now_may_have_left_before(shop: Shop) -> None:
+    sending = Sending(shop, "ok")
+    sending.answer(refused(Kind.SESSION, Scope.CHANNEL, "closed_meanwhile"))
+
+    assert hear(shop, an_echo("F1", "ok")) == sending.ids
+
+
 @pytest.mark.parametrize("no", [CERTAIN[0], REFUSED], ids=of_fault)
 def test_a_recording_that_somebody_makes_after_ours_was_refused_and_sent_again_is_no_double(
     shop: Shop, no: Answer

@@ -255,6 +255,25 @@ def test_a_stop_of_ours_that_comes_late_is_undone_even_while_repairs_are_paused(
     assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
 
 
+def test_a_restart_whose_stop_lands_while_its_gateway_does_not_answer_is_made(
+    baileys: Baileys, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers._repair._STOPS_WITHIN", 0.3)
+    channel = a_session(baileys, tenant)
+    baileys.habits("g1", "26", stop_is_ignored=True)
+    fail(channel)
+    walk(channel, step="restart", phase="watching")
+    changed(channel, "phase = 'starting'")
+    baileys.end("g1", "26", 428, reconnects=False)
+
+    told = walk(channel, step="restart", phase="watching")
+
+    assert told["steps"][-1]["details"] == {"trouble": None}
+    assert done(baileys)[-1] == ("26", "start")
+    arrive(channel)
+    assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
+
+
 def test_a_session_that_was_long_in_opening_and_closes_again_is_opened(baileys: Baileys, tenant: Tenant) -> None:
     channel = a_session(baileys, tenant)
     fail(channel)
@@ -280,6 +299,8 @@ def test_a_gateway_that_begins_anew_calls_nobody(baileys: Baileys, tenant: Tenan
     row = {"tenant_id": tenant.id, "channel_id": channel.id, "kind": "baileys", "config": channel.config}
     Patient(row | {"sealed": channel.sealed, "own_id": None, "since": None}).ask(lambda gateway: gateway.start())
     until(lambda: baileys.state("g1", "26") == "open", "it is open again")
+    go_on(channel)
+    assert incident(channel)["steps"][-1]["details"] == {"closed_at": None}  # the next look at a closed one is a first
     arrive(channel)
 
     assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
