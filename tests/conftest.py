@@ -10,8 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from models import Tenant
+    from tests.sandbox.baileys_servers import Baileys
 
 _running = ExitStack()
 
@@ -95,3 +100,19 @@ def _near_gateways(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     settings.cache_clear()
+
+
+@pytest.fixture
+def tenant() -> "Tenant":
+    from tests.factories import a_tenant
+
+    return a_tenant()
+
+
+@pytest.fixture
+def baileys() -> "Iterator[Baileys]":
+    """Simulated Baileys gateways."""
+    from tests.sandbox.baileys_servers import a_baileys
+
+    with a_baileys() as its:
+        yield its

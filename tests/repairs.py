@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from models import Channel, SessionError, Tenant
+from models import Channel, RepairPause, SessionError, Tenant
 from pombal import db
 from pombal.cli.baileys import BaileysConfig
 from pombal.cli.gateways import add_baileys_channel
+from pombal.ids import uuid7
 from pombal.settings import settings
 from sandbox import client
 from tests.factories import superuser
@@ -177,3 +179,28 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@contextmanager
+def an_inbox_that_is_behind(channel: Channel, seconds: float) -> Iterator[None]:
+    """Something that this session's gateway sent so long ago waits to be read meanwhile."""
+    id_ = uuid7()
+    with superuser() as connection:
+        connection.execute(
+            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
+            " VALUES (%s, 'baileys', %s, 'r', '', now() - make_interval(secs => %s))",
+            [id_, channel.id, seconds],
+        )
+    yield
+    with superuser() as connection:
+        connection.execute("UPDATE delivery SET state = 'done' WHERE id = %s", [id_])
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Nothing is begun meanwhile."""
+    with db.session() as s:
+        RepairPause.set(s, "all")
+    yield
+    with db.session() as s:
+        RepairPause.end(s, "all")

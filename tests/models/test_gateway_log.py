@@ -9,16 +9,11 @@ from sqlalchemy import text
 
 from models import Channel, ChannelKind, LogPosition, SessionError, Tenant, session_error
 from pombal import db
-from tests.factories import a_tenant, superuser
+from tests.factories import superuser
 
 LOG = LogPosition.key("", "whatsappId", "", "", "/var/log/gateway.log")
 AN_HOUR = timedelta(hours=1)
 JID = "5511944440001@s.whatsapp.net"
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 @pytest.fixture

@@ -9,14 +9,9 @@ import pytest
 from models import Channel, ChannelKind, Repair, SessionEnd, SessionError, Tenant
 from models.session_error import Tally
 from pombal import db
-from tests.factories import a_tenant, superuser
+from tests.factories import superuser
 
 WINDOW = timedelta(seconds=300)
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.repairs import (
     walk,
     with_keys,
 )
-from tests.sandbox.baileys_servers import API_KEY, Baileys, a_baileys
+from tests.sandbox.baileys_servers import API_KEY, Baileys
 from workers.session_fixer import session_fixer, session_look
 
 pytestmark = pytest.mark.usefixtures("queues")
@@ -64,17 +64,6 @@ def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return end
-
-
-@pytest.fixture
-def baileys() -> Iterator[Baileys]:
-    with a_baileys() as its:
-        yield its
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 @pytest.fixture

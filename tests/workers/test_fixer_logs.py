@@ -7,9 +7,9 @@ import pytest
 
 from models import Channel, LogPosition, RepairPause, Tenant
 from pombal import db
-from tests.factories import a_tenant, superuser
+from tests.factories import superuser
 from tests.repairs import a_session, arrive, done, fail, go_on, incident, nobody_else, walk
-from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.sandbox.baileys_servers import Baileys
 from tests.workers.tools import until
 
 
@@ -19,17 +19,6 @@ def _alone(_near_gateways: None, queues: None) -> Iterator[None]:
     yield
     with superuser() as connection:
         connection.execute("DELETE FROM log_position")
-
-
-@pytest.fixture
-def baileys() -> Iterator[Baileys]:
-    with a_baileys() as its:
-        yield its
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 LOG = LogPosition.key("", "whatsappId", "", "", "/var/log/gateway.log")

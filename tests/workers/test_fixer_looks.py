@@ -32,7 +32,7 @@ from tests.repairs import (
     walk,
     with_keys,
 )
-from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.sandbox.baileys_servers import Baileys
 from tests.web.test_health import numbers, seen_from
 from tests.workers.tools import together, until
 from workers.session_fixer import look_at_all, session_fixer_tick, session_look
@@ -46,17 +46,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, queues: None) -> Iterator[pytes
     yield monkeypatch
     monkeypatch.undo()
     settings.cache_clear()
-
-
-@pytest.fixture
-def baileys() -> Iterator[Baileys]:
-    with a_baileys() as its:
-        yield its
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 def jobs() -> list[tuple[str, list[str]]]:

@@ -4,7 +4,6 @@ whose a socket is that closes afterwards."""
 import asyncio
 import fcntl
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -12,14 +11,28 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from models import Channel, Repair, RepairPause, SessionEnd, SessionError, Tenant
+from models import Channel, Repair, SessionEnd, SessionError, Tenant
 from models.repair import Step
 from pombal import db
 from pombal.settings import settings
 from providers.instance import InstanceFault
-from tests.factories import a_tenant, superuser
-from tests.repairs import JIDS, REFRESH, a_session, arrive, done, fail, go_on, incident, nobody_else, walk, with_keys
-from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.factories import superuser
+from tests.repairs import (
+    JIDS,
+    REFRESH,
+    a_session,
+    an_inbox_that_is_behind,
+    arrive,
+    done,
+    fail,
+    go_on,
+    incident,
+    nobody_else,
+    paused,
+    walk,
+    with_keys,
+)
+from tests.sandbox.baileys_servers import Baileys
 from tests.workers.tools import until
 from workers._circuit import FILES, Circuit
 from workers._patient import Patient, host_of
@@ -32,17 +45,6 @@ _NOW = text("SELECT clock_timestamp()")
 @pytest.fixture(autouse=True)
 def _alone(_near_gateways: None, queues: None) -> None:
     nobody_else()
-
-
-@pytest.fixture
-def baileys() -> Iterator[Baileys]:
-    with a_baileys() as its:
-        yield its
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
 
 
 def changed(channel: Channel, sets: str) -> None:
@@ -90,27 +92,16 @@ def test_the_next_step_is_judged_by_itself(baileys: Baileys, tenant: Tenant) -> 
 
 def test_after_a_long_wait_too_no_step_is_begun_before_what_came_in_is_read(baileys: Baileys, tenant: Tenant) -> None:
     channel = a_session(baileys, tenant, **with_keys(baileys))
-    with db.session() as s:
-        RepairPause.set(s, "all")
-    fail(channel)
-    walk(channel, step="cause", phase="planned")
-    with db.session() as s:
-        RepairPause.end(s, "all")
+    with paused():
+        fail(channel)
+        walk(channel, step="cause", phase="planned")
     changed(channel, "phase_at = phase_at - interval '10 minutes'")
-    id_ = uuid4()
-    with superuser() as connection:
-        connection.execute(
-            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
-            " VALUES (%s, 'baileys', %s, 'r', '', now() - interval '5 minutes')",
-            [id_, channel.id],
-        )
 
-    go_on(channel)
-    assert (incident(channel)["step"], done(baileys)) == ("cause", [])
-    assert "is read" in incident(channel)["says"]
+    with an_inbox_that_is_behind(channel, 300):
+        go_on(channel)
+        assert (incident(channel)["step"], done(baileys)) == ("cause", [])
+        assert "is read" in incident(channel)["says"]
 
-    with superuser() as connection:
-        connection.execute("UPDATE delivery SET state = 'done' WHERE id = %s", [id_])
     walk(channel, step="restart", phase="watching")
 
 
@@ -238,19 +229,16 @@ def test_a_stop_of_ours_that_comes_late_is_undone_even_while_repairs_are_paused(
     baileys.habits("g1", "26", stop_is_ignored=True)
     fail(channel)
     walk(channel, step="restart", phase="watching")
-    with db.session() as s:
-        RepairPause.set(s, "all")
-    baileys.end("g1", "26", 428, reconnects=False)
+    with paused():
+        baileys.end("g1", "26", 428, reconnects=False)
 
-    def is_open() -> bool:
-        go_on(channel)
-        return baileys.state("g1", "26") == "open"
+        def is_open() -> bool:
+            go_on(channel)
+            return baileys.state("g1", "26") == "open"
 
-    until(is_open, "it is opened again")
+        until(is_open, "it is opened again")
 
-    assert incident(channel)["steps"][-1]["details"] == {"reopened": 1, "trouble": None}
-    with db.session() as s:
-        RepairPause.end(s, "all")
+        assert incident(channel)["steps"][-1]["details"] == {"reopened": 1, "trouble": None}
     arrive(channel)  # that was the restart
     assert walk(channel, state="closed")["acts"] == [("restart", "repaired")]
 
@@ -366,26 +354,25 @@ def test_a_persons_incident_goes_on_while_one_of_its_contacts_fails(baileys: Bai
     assert incident(channel)["state"] == "waiting"
 
 
-@pytest.mark.parametrize(
-    "sets",
-    [
-        "UPDATE channel SET status = 'disconnected' WHERE id = %s",
-        "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
-        " VALUES (gen_random_uuid(), 'baileys', %s, 'r', '', now() - interval '5 minutes')",
-    ],
-    ids=["disconnected", "unread"],
-)
-def test_silence_is_no_proof_where_nothing_could_be_heard(baileys: Baileys, tenant: Tenant, sets: str) -> None:
+def test_messages_of_before_it_was_disconnected_are_no_proof(baileys: Baileys, tenant: Tenant) -> None:
     channel = a_long_waiting_one(baileys, tenant)
     arrive(channel, jids=STRANGERS)
     with superuser() as connection:
-        connection.execute(sets, [channel.id])
+        connection.execute("UPDATE channel SET status = 'disconnected' WHERE id = %s", [channel.id])
 
     go_on(channel)
 
     assert incident(channel)["state"] == "waiting"
-    with superuser() as connection:
-        connection.execute("UPDATE delivery SET state = 'done' WHERE channel_id = %s", [channel.id])
+
+
+def test_silence_is_no_proof_while_something_waits_to_be_read(baileys: Baileys, tenant: Tenant) -> None:
+    channel = a_long_waiting_one(baileys, tenant)
+    arrive(channel, jids=STRANGERS)
+
+    with an_inbox_that_is_behind(channel, 300):
+        go_on(channel)
+
+    assert incident(channel)["state"] == "waiting"
 
 
 def test_an_error_of_somebody_else_keeps_no_persons_incident(baileys: Baileys, tenant: Tenant) -> None:
@@ -399,23 +386,12 @@ def test_an_error_of_somebody_else_keeps_no_persons_incident(baileys: Baileys, t
 def test_an_inbox_that_is_always_late_holds_no_step_up_for_ever(baileys: Baileys, tenant: Tenant) -> None:
     channel = a_session(baileys, tenant)
     fail(channel)
-    with db.session() as s:
-        RepairPause.set(s, "all")
-    walk(channel, step="cause", phase="planned")
-    with db.session() as s:
-        RepairPause.end(s, "all")
+    with paused():
+        walk(channel, step="cause", phase="planned")
     changed(channel, "phase_at = phase_at - interval '10 minutes'")
-    with superuser() as connection:
-        connection.execute(
-            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
-            " VALUES (gen_random_uuid(), 'baileys', %s, 'r', '', now() - interval '5 minutes')",
-            [channel.id],
-        )
 
-    walk(channel, step="restart")
-
-    with superuser() as connection:
-        connection.execute("UPDATE delivery SET state = 'done' WHERE channel_id = %s", [channel.id])
+    with an_inbox_that_is_behind(channel, 300):
+        walk(channel, step="restart")
 
 
 def a_long_waiting_one(baileys: Baileys, tenant: Tenant) -> Channel:

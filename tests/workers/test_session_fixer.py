@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,25 @@ import pytest
 from models import Channel, Repair, RepairPause, SessionEnd, SessionError, Tenant
 from models.repair import Step
 from pombal import db
-from pombal.ids import uuid7
 from pombal.settings import settings
 from sandbox import client
-from tests.factories import a_tenant, superuser
-from tests.repairs import JIDS, REFRESH, a_session, arrive, done, fail, go_on, incident, tree, walk, with_keys
-from tests.sandbox.baileys_servers import Baileys, a_baileys
+from tests.factories import superuser
+from tests.repairs import (
+    JIDS,
+    REFRESH,
+    a_session,
+    an_inbox_that_is_behind,
+    arrive,
+    done,
+    fail,
+    go_on,
+    incident,
+    paused,
+    tree,
+    walk,
+    with_keys,
+)
+from tests.sandbox.baileys_servers import Baileys
 from tests.workers.tools import until
 from workers.session_fixer import inspect, session_fixer, session_look
 
@@ -40,32 +52,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch, queues: None) -> Iterator[None]:
     yield
     monkeypatch.undo()
     settings.cache_clear()
-
-
-@pytest.fixture
-def baileys() -> Iterator[Baileys]:
-    with a_baileys() as its:
-        yield its
-
-
-@pytest.fixture
-def tenant() -> Tenant:
-    return a_tenant()
-
-
-@contextmanager
-def an_inbox_that_is_behind(channel: Channel, seconds: float) -> Iterator[None]:
-    """Something that this session's gateway sent so long ago waits to be read meanwhile."""
-    id_ = uuid7()
-    with superuser() as connection:
-        connection.execute(
-            "INSERT INTO delivery (id, provider, channel_id, request_id, raw, received_at)"
-            " VALUES (%s, 'baileys', %s, 'r', '', now() - make_interval(secs => %s))",
-            [id_, channel.id, seconds],
-        )
-    yield
-    with superuser() as connection:
-        connection.execute("UPDATE delivery SET state = 'done' WHERE id = %s", [id_])
 
 
 def arrive_late(channel: Channel, contacts: int = 4) -> None:
@@ -718,16 +704,6 @@ def test_two_fixers_at_once_make_one_repair(baileys: Baileys, tenant: Tenant) ->
     assert done(baileys) == [("26", "stop"), ("26", "start")]
     with superuser() as connection:
         assert connection.execute("SELECT count(*) FROM repair").fetchone() == (1,)
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Nothing is begun meanwhile."""
-    with db.session() as s:
-        RepairPause.set(s, "all")
-    yield
-    with db.session() as s:
-        RepairPause.end(s, "all")
 
 
 def _is(channel: Channel, **wanted: Any) -> bool:
