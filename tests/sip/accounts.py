@@ -1,6 +1,7 @@
 """Accounts, and the registrar of a worker on a thread of its own, for tests of registrations."""
 
 import asyncio
+import itertools
 import secrets
 import threading
 import time
@@ -15,12 +16,14 @@ from sqlalchemy import RowMapping
 from models import SipRegistration
 from pombal import db
 from pombal.settings import settings
+from sandbox.sip_thread import SipThread
 from tests.factories import a_tenant, superuser
 from workers._registrar import Registrar
 from workers._rounds import new_loop
 
 PATIENCE = 60.0  # seconds; how long a condition may take on a busy machine, never how long it should
 PASSWORD = "s3cret"
+_numbers = itertools.count(5511_9000_0001)
 
 
 class Account:
@@ -126,6 +129,18 @@ def a_registering_worker() -> Iterator[Registrar]:
             made[0][0].call_soon_threadsafe(made[0][1].stop)
         thread.join(PATIENCE)
     assert not failures, failures
+
+
+def a_number() -> str:
+    """A user that no other test of this process has."""
+    return str(next(_numbers))
+
+
+def a_customer(provider: SipThread, **given: Any) -> Account:
+    """An account at the provider, and its row."""
+    user = a_number()
+    provider.user(user, PASSWORD)
+    return an_account("127.0.0.1", provider.port, user, **given)
 
 
 @contextmanager

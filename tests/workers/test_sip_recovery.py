@@ -1,6 +1,5 @@
 """After an outage: lapses are told however they are found, accounts come back soon, and times are true."""
 
-import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +11,10 @@ from pombal import db, metrics
 from sandbox.sip_thread import SipThread
 from tests.factories import superuser
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import PASSWORD, Account, a_registering_worker, an_account, nearby, until
+from tests.sip.accounts import PASSWORD, Account, a_customer, a_number, a_registering_worker, an_account, nearby, until
 from workers.sip_refresh import note_lapses, sip_refresh
 
 FOREIGN = "503 for 5511999990000, Authorization: Digest of somebody"
-_numbers = itertools.count(5511_9300_0001)
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +27,6 @@ def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def provider() -> Iterator[SipThread]:
     with a_registrar() as running:
         yield running
-
-
-def a_customer(provider: SipThread, **given: Any) -> Account:
-    user = str(next(_numbers))
-    provider.user(user, PASSWORD)
-    return an_account("127.0.0.1", provider.port, user, **given)
 
 
 def events(account: Account) -> list[tuple[str, dict[str, Any]]]:
@@ -169,7 +161,7 @@ def test_a_controllers_own_words_are_in_no_event_and_no_line_when_its_account_la
 
 def waiting(host: str = "127.0.0.1", port: int | None = 9, **columns: str) -> Account:
     """One that failed again and again, and would be tried in a minute or more."""
-    account = an_account(host, port, str(next(_numbers)))
+    account = an_account(host, port, a_number())
     failed = {"register_status": "'failed'", "failures": "6", "last_outcome": "'temporary'"}
     times = {"next_refresh_at": "now() + interval '25 minutes'", "last_attempt_at": "now() - interval '40 seconds'"}
     account.set(**{**failed, **times, **columns})

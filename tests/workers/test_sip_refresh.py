@@ -1,6 +1,5 @@
 """Accounts stay registered, and their rows tell the truth: a registrar of a worker against a registrar of SIP."""
 
-import itertools
 import socket
 import threading
 from collections import Counter
@@ -21,12 +20,10 @@ from providers.sip import Kind, Outcome
 from sandbox.sip_thread import SipThread
 from tests.factories import a_tenant, superuser
 from tests.sandbox.sip_servers import a_registrar
-from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_registering_worker, an_account, nearby, until
+from tests.sip.accounts import PASSWORD, PATIENCE, Account, a_customer, a_registering_worker, an_account, nearby, until
 from workers._registrar import _MOST_OF_A_PLACE, Held, Registrar
 from workers._sip_attempt import Result
 from workers.sip_refresh import note_lapses, ring_registrar, ring_registrations, sip_refresh
-
-_numbers = itertools.count(5511_9000_0001)
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +36,6 @@ def _inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def provider() -> Iterator[SipThread]:
     with a_registrar() as running:
         yield running
-
-
-def a_customer(provider: SipThread, **given: Any) -> Account:
-    """An account at the provider, and its row."""
-    user = str(next(_numbers))
-    provider.user(user, PASSWORD)
-    return an_account("127.0.0.1", provider.port, user, **given)
 
 
 def kinds(account: Account) -> list[str]:
